@@ -1,0 +1,1 @@
+"""Block nodes: everything that holds bytes of a disk or passes them on."""

@@ -1,0 +1,68 @@
+"""The interface of a block node, and nothing else.
+
+A *node* holds the bytes of a disk or passes them to nodes below it; exports and jobs use nodes through this interface only.
+Every method that takes a range takes one that lies within ``0 .. size``: whoever lets the outside in (the exports) checks
+that first. Zero-length requests are allowed and do nothing.
+
+I/O that fails raises ``OSError`` with the errno that the caller is to get. Requests may be under way side by side; of two that
+overlap, and of which one writes, the later begins only when the earlier has ended, or the bytes they share are undefined, as on
+a disk. Nodes that need more order than that take it themselves (:mod:`replfs.block.locks`).
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+Data = bytes | bytearray | memoryview
+
+
+class Extent(NamedTuple):
+    """A run of bytes of one kind, as NBD's base:allocation tells it.
+
+    ``hole``: nothing is allocated for it. ``zero``: it reads as zeroes.
+    """
+
+    length: int
+    hole: bool
+    zero: bool
+
+
+class Node(ABC):
+    """A disk of ``size`` bytes."""
+
+    size: int
+
+    @abstractmethod
+    async def read(self, offset: int, length: int) -> Data:
+        """``length`` bytes from ``offset`` on."""
+
+    @abstractmethod
+    async def write(self, offset: int, data: Data) -> None:
+        """Replace the bytes from ``offset`` on. Not on stable storage until a :meth:`flush` that begins afterwards returns."""
+
+    @abstractmethod
+    async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
+        """Make a range read as zeroes; its room is given back where the node can and ``may_unmap`` allows."""
+
+    @abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """The range is not needed any more. It reads as zeroes or as before, and may give its room back."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Put everything whose write returned before this call on stable storage."""
+
+    @abstractmethod
+    async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
+        """What the range consists of, from its start: ``limit`` at most, and one at least unless it is empty."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release what the node holds. Nothing is flushed; the nodes below stay open. Closing twice is allowed."""
+
+
+def merge(extents: list[Extent], extent: Extent) -> None:
+    """Append an extent, or lengthen the last one if it is of the same kind."""
+    if extents and extents[-1][1:] == extent[1:]:
+        extents[-1] = Extent(extents[-1].length + extent.length, extent.hole, extent.zero)
+    elif extent.length:
+        extents.append(extent)

@@ -1,0 +1,40 @@
+"""A raw disk: the bytes of a regular file or block device as they are."""
+
+import errno
+
+from replfs.block.file import File
+from replfs.block.node import Data, Extent, Node
+
+
+class Raw(Node):
+    """Owns ``file``; the disk's size is what it was when it was opened."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.size = file.length()
+
+    async def read(self, offset: int, length: int) -> Data:
+        data = await self.file.read(offset, length)
+        if len(data) != length:
+            raise OSError(errno.EIO, f"{self.file.path} has become shorter than {self.size} bytes")
+        return data
+
+    async def write(self, offset: int, data: Data) -> None:
+        self.file.write(offset, data)
+
+    async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
+        if length:
+            await self.file.write_zeroes(offset, length, may_unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        if length:
+            await self.file.discard(offset, length)
+
+    async def flush(self) -> None:
+        await self.file.sync()
+
+    async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
+        return self.file.extents(offset, length, limit)
+
+    async def close(self) -> None:
+        self.file.close()

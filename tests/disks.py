@@ -1,0 +1,42 @@
+"""Disks, overlays and qemu-img for the tests of the block nodes."""
+
+import subprocess
+from pathlib import Path
+
+from replfs.block.file import File
+from replfs.block.qcow2.create import create
+from replfs.block.qcow2.image import Image
+from replfs.block.raw import Raw
+
+
+def raw(path: Path, content: bytes | int) -> Raw:
+    """A raw disk with this content, or of this size and empty."""
+    with path.open("wb") as file:
+        file.truncate(content) if isinstance(content, int) else file.write(content)
+    return Raw(File.open(str(path), writable=True))
+
+
+def overlay(path: Path, backing: Raw | Image) -> Image:
+    create(str(path), backing.size, f"./{Path(backing.file.path).name}", "raw" if isinstance(backing, Raw) else "qcow2")
+    return Image.open(str(path), backing)
+
+
+def qemu_img(*arguments: str | Path) -> str:
+    """Run the real qemu-img; an exit status other than 0 fails the test with what it printed."""
+    command = ["qemu-img", *map(str, arguments)]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
+    )
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}"
+    return done.stdout
+
+
+def assert_sound(image: Path) -> None:
+    """No error and no leaked cluster."""
+    assert "No errors were found" in qemu_img("check", image)
+
+
+def assert_same_as(image: Path, content: bytes, scratch: Path) -> None:
+    """QEMU reads the same bytes from the image and its backing chain (qcow2 counts whole sectors: padded with zeroes)."""
+    scratch.write_bytes(content.ljust(len(content) + -len(content) % 512, b"\0"))
+    assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", image, scratch)
