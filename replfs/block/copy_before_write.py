@@ -1,0 +1,85 @@
+"""Copy-before-write: what a forwarded write is about to overwrite is saved into the hidden disk first.
+
+Serves the secondary disk to the NBD export. While ``hidden`` is set, every change of the disk first populates the subclusters that
+the hidden disk is missing; when they cannot be saved, the request fails and the disk stays as it was.
+
+Guarding rules: overlapping requests exclude each other by whole subclusters, so that what is saved is what is overwritten; and
+every request passes the volume's gate, so that ``hidden`` changes only while none is under way.
+"""
+
+import errno
+
+from replfs.block.locks import Gate, RangeLocks
+from replfs.block.node import Data, Extent, Node
+from replfs.block.qcow2.header import SUBCLUSTER
+from replfs.block.qcow2.image import Image
+
+_PIECE = 1 << 20
+
+
+class CopyBeforeWrite(Node):
+    def __init__(self, disk: Node, gate: Gate) -> None:
+        self.disk = disk
+        self.size = disk.size
+        self.hidden: Image | None = None
+        self.fenced = False
+        """Set when the secondary has taken over: every change is refused from then on."""
+        self._gate = gate
+        self._locks = RangeLocks()
+
+    async def _save(self, start: int, stop: int) -> None:
+        """Populate the hidden disk; the caller holds the range, in whole subclusters."""
+        if self.fenced:
+            raise OSError(errno.EPERM, "the secondary has taken over: forwarded writes are refused")
+        if self.hidden is not None:
+            for first, last in self.hidden.missing(start, stop):
+                self.hidden.populate(first, await self.disk.read(first, last - first))
+
+    def _whole(self, offset: int, length: int) -> tuple[int, int]:
+        stop = offset + length
+        return offset & -SUBCLUSTER, min(stop + -stop % SUBCLUSTER, self.size)
+
+    async def read(self, offset: int, length: int) -> Data:
+        async with self._gate:
+            return await self.disk.read(offset, length)
+
+    async def write(self, offset: int, data: Data) -> None:
+        start, stop = self._whole(offset, len(data))
+        async with self._gate, self._locks.hold(start, stop):
+            await self._save(start, stop)
+            await self.disk.write(offset, data)
+
+    async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
+        """In pieces, so that a large range neither needs its pre-image in memory at once nor keeps the gate open for long."""
+        while length:
+            piece = min(length, _PIECE - offset % _PIECE)
+            start, stop = self._whole(offset, piece)
+            async with self._gate, self._locks.hold(start, stop):
+                await self._save(start, stop)
+                await self.disk.write_zeroes(offset, piece, may_unmap)
+            offset += piece
+            length -= piece
+
+    async def discard(self, offset: int, length: int) -> None:
+        while length:
+            piece = min(length, _PIECE - offset % _PIECE)
+            start, stop = self._whole(offset, piece)
+            async with self._gate, self._locks.hold(start, stop):
+                await self._save(start, stop)
+                await self.disk.discard(offset, piece)
+            offset += piece
+            length -= piece
+
+    async def flush(self) -> None:
+        """The hidden disk too: what a flush makes durable must not lose its pre-image."""
+        async with self._gate:
+            if self.hidden is not None:
+                await self.hidden.flush()
+            await self.disk.flush()
+
+    async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
+        async with self._gate:
+            return await self.disk.extents(offset, length, limit)
+
+    async def close(self) -> None:
+        """The disk and the hidden disk are their owner's to close."""

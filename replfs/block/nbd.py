@@ -1,0 +1,284 @@
+"""The node that is an NBD export of another server: what a primary writes to its secondary.
+
+A :class:`NbdTarget` owns one connection, the *link*, and three tasks in the nursery it was given: one sends, one receives, one
+watches the time. Callers only queue requests and wait for replies, any number at a time; many requests go out in one send.
+Cancelling a caller leaves the stream whole: a request that has not been sent is withdrawn, one that has been sent is answered
+to nobody.
+
+The link is given up when it breaks, when the server breaks the protocol, and when the server leaves any request unanswered for
+``timeout`` seconds: every request under way then fails (``ETIMEDOUT`` for the silence, else ``ECONNRESET``), every later one with
+``ENOTCONN``, and ``link_error`` says why. A link that is given up stays so. An error that the server replies with fails its
+request only.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from replfs.block.node import Data, Extent, Node
+from replfs.errors import ReplfsError, printable
+from replfs.protocol.nbd import wire
+from replfs.protocol.nbd.client import ExportInfo, Negotiation, Refused, Reply, Transmission
+from replfs.protocol.nbd.uri import Target, UnixAddress
+from replfs.protocol.nbd.wire import ProtocolError
+
+logger = logging.getLogger(__name__)
+
+_RECEIVE_SIZE: Final = 64 << 10
+_SEND_SIZE: Final = 1 << 20  # bytes after which queued requests wait for the next send
+_MAX_STATUS: Final = 1 << 30  # bytes that one BLOCK_STATUS asks for
+_GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class _Call:
+    """A request, from when it is made until its reply."""
+
+    __slots__ = ("answered", "deadline", "error", "message", "reply")
+
+    def __init__(self, message: list[Data], deadline: float) -> None:
+        self.message = message  # the header and the data; empty once sent
+        self.deadline = deadline
+        self.answered = trio.Event()
+        self.reply: Reply | None = None
+        self.error = 0  # errno, when the link was given up instead
+
+
+class NbdTarget(Node):
+    """Made by :meth:`connect`. ``link_error`` is empty or one line that tells why the link was given up."""
+
+    def __init__(self, target: Target, stream: trio.SocketStream, info: ExportInfo, timeout: float) -> None:
+        self.size = info.size
+        self.connected = True
+        self.link_error = ""
+        self._target = target
+        self._info = info
+        self._timeout = timeout
+        self._stream = stream
+        self._transmission = Transmission(info)
+        # Both by cookie and in the order they were made, which is that of their deadlines too.
+        self._calls: dict[int, _Call] = {}
+        self._unsent: dict[int, _Call] = {}
+        self._sender = trio.lowlevel.ParkingLot()
+        self._tasks = trio.CancelScope()
+        self._finished = trio.Event()
+
+    @classmethod
+    async def connect(cls, target: Target, *, timeout: float = 10.0, nursery: trio.Nursery) -> "NbdTarget":
+        """Connect and negotiate within ``timeout`` seconds, which are each later request's limit, too.
+
+        Raises :class:`ReplfsError` if there is no server, no such export, or one that a primary cannot write to byte by byte.
+        """
+        try:
+            with trio.fail_after(timeout):
+                stream = await _open(target)
+                try:
+                    info, rest = await _negotiate(stream, target)
+                except BaseException:
+                    stream.socket.close()
+                    raise
+        except trio.TooSlowError:
+            raise _unusable(target, f"it did not answer within {timeout:g} seconds") from None
+        except _GONE:
+            raise _unusable(target, "it closed the connection") from None
+        except (ProtocolError, Refused) as error:
+            raise _unusable(target, str(error)) from error
+        except OSError as error:
+            raise _unusable(target, f"{_why(error)}; is the secondary running there?") from error
+        self = cls(target, stream, info, timeout)
+        nursery.start_soon(self._run, rest)
+        return self
+
+    async def read(self, offset: int, length: int) -> Data:
+        pieces = [(await self._call(wire.NBD_CMD_READ, 0, start, size)).data for start, size in self._pieces(offset, length)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def write(self, offset: int, data: Data) -> None:
+        if len(data) <= self._info.maximum_payload:
+            if data:
+                await self._call(wire.NBD_CMD_WRITE, 0, offset, len(data), data)
+            return
+        view = memoryview(data)
+        for start, size in self._pieces(offset, len(data)):
+            await self._call(wire.NBD_CMD_WRITE, 0, start, size, view[start - offset : start - offset + size])
+
+    async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
+        flags = 0 if may_unmap else wire.NBD_CMD_FLAG_NO_HOLE
+        for start, size in self._pieces(offset, length):
+            if self._info.has(wire.NBD_FLAG_SEND_WRITE_ZEROES):
+                await self._call(wire.NBD_CMD_WRITE_ZEROES, flags, start, size)
+            else:
+                await self._call(wire.NBD_CMD_WRITE, 0, start, size, bytes(size))
+
+    async def discard(self, offset: int, length: int) -> None:
+        if self._info.has(wire.NBD_FLAG_SEND_TRIM):
+            for start, size in self._pieces(offset, length):
+                await self._call(wire.NBD_CMD_TRIM, 0, start, size)
+
+    async def flush(self) -> None:
+        if self._info.has(wire.NBD_FLAG_SEND_FLUSH):
+            await self._call(wire.NBD_CMD_FLUSH, 0, 0, 0)
+
+    async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
+        if not length:
+            return []
+        if self._info.allocation is None:
+            return [Extent(length, False, False)]
+        flags = wire.NBD_CMD_FLAG_REQ_ONE if limit == 1 else 0
+        return (await self._call(wire.NBD_CMD_BLOCK_STATUS, flags, offset, min(length, _MAX_STATUS))).extents[:limit]
+
+    async def close(self) -> None:
+        """Take leave of the server if nothing is under way, and end the link; returns when its tasks have ended."""
+        try:
+            if self.connected and not self._calls and self._sender:  # the sender is parked, and the socket's buffer is empty
+                self.connected = False
+                _, header = self._transmission.request(wire.NBD_CMD_DISC, 0, 0, 0)
+                with suppress(*_GONE):
+                    await self._stream.send_all(header)
+        finally:
+            self._disconnect(errno.ECONNRESET)
+        await self._finished.wait()
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """The range, cut where the server's maximum payload demands it.
+
+        Requests without a payload are cut, too: the server may refuse larger ones, and each has to end within the time limit.
+        """
+        end = offset + length
+        for start in range(offset, end, self._info.maximum_payload):
+            yield start, min(self._info.maximum_payload, end - start)
+
+    async def _call(self, kind: int, flags: int, offset: int, length: int, data: Data = b"") -> Reply:
+        if not self.connected:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        cookie, header = self._transmission.request(kind, flags, offset, length)
+        call = _Call([header, data], trio.current_time() + self._timeout)
+        self._calls[cookie] = self._unsent[cookie] = call
+        self._sender.unpark()
+        try:
+            await call.answered.wait()
+        finally:
+            # Cancelled before it was sent: its data may change or go as soon as the caller has it back.
+            if self._unsent.pop(cookie, None) is not None and self._calls.pop(cookie, None) is not None:
+                self._transmission.forget(cookie)
+        if call.reply is None:
+            raise OSError(call.error, os.strerror(call.error))
+        if call.reply.error:
+            number = wire.ERRNO_OF_ERROR[call.reply.error]
+            raise OSError(number, call.reply.message or os.strerror(number))
+        return call.reply
+
+    async def _run(self, rest: bytes) -> None:
+        try:
+            with self._tasks:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._receive, rest)
+                    nursery.start_soon(self._send)
+                    nursery.start_soon(self._watch)
+        except Exception:
+            logger.exception("the link to %s has failed", self._target)
+            self._give_up("unexpected error, see the log", errno.ECONNRESET)
+        finally:
+            self._disconnect(errno.ECONNRESET)
+            self._finished.set()
+
+    async def _send(self) -> None:
+        try:
+            while True:
+                while not self._unsent:
+                    await self._sender.park()
+                message: list[Data] = []
+                size = 0
+                while self._unsent and size < _SEND_SIZE:
+                    call = self._unsent.pop(next(iter(self._unsent)))
+                    message += call.message
+                    size += len(call.message[1])
+                    call.message = []
+                await self._stream.send_all(b"".join(message))
+        except _GONE:
+            self._give_up("the connection broke", errno.ECONNRESET)
+
+    async def _receive(self, data: bytes) -> None:
+        try:
+            while True:
+                for reply in self._transmission.receive(data):
+                    call = self._calls.pop(reply.cookie)
+                    call.reply = reply
+                    call.answered.set()
+                    if reply.error == wire.NBD_ESHUTDOWN:
+                        return self._give_up("the server is shutting down", errno.ECONNRESET)
+                data = await self._stream.receive_some(_RECEIVE_SIZE)
+                if not data:
+                    return self._give_up("the server closed the connection", errno.ECONNRESET)
+        except ProtocolError as error:
+            self._give_up(str(error), errno.ECONNRESET)
+        except _GONE:
+            self._give_up("the connection broke", errno.ECONNRESET)
+
+    async def _watch(self) -> None:
+        while True:
+            oldest = next(iter(self._calls.values()), None)
+            deadline = trio.current_time() + self._timeout if oldest is None else oldest.deadline
+            if deadline <= trio.current_time():
+                self._give_up(f"a request was not answered within {self._timeout:g} seconds", errno.ETIMEDOUT)
+            await trio.sleep_until(deadline)
+
+    def _give_up(self, reason: str, error: int) -> None:
+        if self.connected:
+            self.link_error = f"{self._target}: {reason}"
+            logger.warning("the link to %s is given up: %s", self._target, reason)
+            self._disconnect(error)
+
+    def _disconnect(self, error: int) -> None:
+        self.connected = False
+        self._stream.socket.close()
+        self._tasks.cancel()
+        for call in self._calls.values():
+            call.error = error
+            call.answered.set()
+        self._calls.clear()
+        self._unsent.clear()
+
+
+async def _open(target: Target) -> trio.SocketStream:
+    if isinstance(target.address, UnixAddress):
+        return await trio.open_unix_socket(target.address.path)
+    return await trio.open_tcp_stream(target.address.host, target.address.port)
+
+
+async def _negotiate(stream: trio.SocketStream, target: Target) -> tuple[ExportInfo, bytes]:
+    negotiation = Negotiation(target.export)
+    try:
+        while not negotiation.done:
+            data = await stream.receive_some(_RECEIVE_SIZE)
+            if not data:
+                by_name = negotiation.asked_by_name_only
+                raise Refused("it closed the connection when asked for " + ("the export of that name" if by_name else "an export"))
+            await stream.send_all(negotiation.receive(data))
+        if negotiation.info.has(wire.NBD_FLAG_READ_ONLY):
+            raise Refused("the export is read-only, and a primary has to write to it")
+        if negotiation.info.minimum_block > 1:
+            raise Refused(f"it takes only multiples of {negotiation.info.minimum_block} bytes; a target has to take any length")
+    except Refused:
+        with suppress(*_GONE):
+            await stream.send_all(negotiation.leave())
+        raise
+    return negotiation.info, negotiation.rest
+
+
+def _unusable(target: Target, why: str) -> ReplfsError:
+    return ReplfsError(f"cannot replicate to {printable(str(target))}: {why}")
+
+
+def _why(error: OSError) -> str:
+    """What the system said. Trio hides that behind "all attempts failed", of which there may have been several."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__
+    return str(error)

@@ -1,0 +1,1 @@
+"""The replication filter, for both modes, after QEMU's block/replication.c."""

@@ -1,0 +1,85 @@
+"""Which control operation does what in which stage: QEMU's rules, as tables, with QEMU's messages.
+
+Where QEMU's own behaviour is a defect (it cannot retry a failed failover, its stop never ends well) the tables say what is right.
+"""
+
+import enum
+import errno
+from typing import Final
+
+from replfs.errors import ReplfsError
+
+
+class Mode(enum.StrEnum):
+    PRIMARY = "primary"
+    SECONDARY = "secondary"
+
+
+class Stage(enum.StrEnum):
+    NONE = "none"
+    RUNNING = "running"
+    FAILOVER = "failover"
+    FAILOVER_FAILED = "failover-failed"
+    DONE = "done"
+
+
+class Operation(enum.StrEnum):
+    START = "start"
+    CHECKPOINT = "checkpoint"
+    FAILOVER = "failover"
+    STOP = "stop"
+
+
+class Verdict(enum.Enum):
+    """What an operation means: carry it out, or report success and do nothing."""
+
+    DO = enum.auto()
+    NOTHING = enum.auto()
+
+
+NOT_RUNNING: Final = "Block replication is not running"
+RUNNING_OR_DONE: Final = "Block replication is running or done"
+CANCELLED: Final = "Backup job was cancelled unexpectedly"
+IO_ERROR: Final = "I/O error occurred"
+WRONG_MODE: Final = "The parameter mode's value is invalid, needs %d, but got %d"
+_MODE_NUMBERS: Final = {Mode.PRIMARY: 0, Mode.SECONDARY: 1}  # as QEMU counts them, in WRONG_MODE
+
+_DO, _N = Verdict.DO, Verdict.NOTHING
+_STAGES: Final = (Stage.NONE, Stage.RUNNING, Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE)
+
+_ROWS: Final[dict[Mode, dict[Operation, tuple[Verdict | str, ...]]]] = {
+    #                        none         running           failover  failover-failed   done
+    Mode.SECONDARY: {
+        Operation.START: (_DO, RUNNING_OR_DONE, _N, RUNNING_OR_DONE, _N),
+        Operation.CHECKPOINT: (CANCELLED, _DO, _N, CANCELLED, _N),
+        Operation.FAILOVER: (NOT_RUNNING, _DO, _N, _DO, _N),
+        Operation.STOP: (NOT_RUNNING, _DO, _N, NOT_RUNNING, _N),
+    },
+    Mode.PRIMARY: {  # which never sees failover or failover-failed
+        Operation.START: (_DO, RUNNING_OR_DONE, _N, RUNNING_OR_DONE, _N),
+        Operation.CHECKPOINT: (_N, _N, _N, _N, _N),
+        Operation.FAILOVER: (NOT_RUNNING, _DO, _N, NOT_RUNNING, _N),
+        Operation.STOP: (NOT_RUNNING, _DO, _N, NOT_RUNNING, _N),
+    },
+}
+
+
+def verdict(mode: Mode, operation: Operation, stage: Stage) -> Verdict:
+    """What the operation means in this stage. Raises ReplfsError (EBUSY) with QEMU's message where it is refused."""
+    found = _ROWS[mode][operation][_STAGES.index(stage)]
+    if isinstance(found, str):
+        raise ReplfsError(found, errno.EBUSY)
+    return found
+
+
+def check_start_mode(mode: Mode, asked: Mode) -> None:
+    """Raises ReplfsError (EINVAL) if replication is asked to start in a mode that is not the volume's."""
+    if asked is not mode:
+        raise ReplfsError(WRONG_MODE % (_MODE_NUMBERS[mode], _MODE_NUMBERS[asked]), errno.EINVAL)
+
+
+def get_error(stage: Stage, sticky_error: bool) -> str:
+    """What QEMU's get_error would say, empty if it would say nothing."""
+    if stage is Stage.NONE:
+        return NOT_RUNNING
+    return IO_ERROR if sticky_error else ""

@@ -1,0 +1,123 @@
+"""The filter on the secondary: what its machine sees (the view), and where its writes go, in every stage.
+
+The stages are those of :mod:`replfs.block.replication.rules`. While a failover commits (:mod:`replfs.jobs.commit`), a write goes
+where the rule of failover-failed sends it: where the overlays hold the block into active, else into the secondary disk. Where the
+commit has passed already it goes into the secondary disk as well. So one pass always finishes, a crash at any point simply
+starts the commit again, and a commit that failed leaves a view that is right.
+
+Guarding rules: every request passes the volume's gate, and ``stage``, ``layers`` and ``disk`` change only while it is shut. While
+the overlays are being committed or could not be, writes and the commit hold locks on whole subclusters, so that ``committed``
+cannot pass a write that is under way.
+"""
+
+import errno
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from replfs.block.locks import Gate, RangeLocks
+from replfs.block.node import Data, Extent, Node
+from replfs.block.qcow2.header import SUBCLUSTER
+from replfs.block.qcow2.image import Image
+from replfs.block.replication.rules import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The two overlays of one generation."""
+
+    active: Image
+    hidden: Image
+
+    def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of a range that neither overlay holds: (start, stop) pairs."""
+        return [gap for first, last in self.active.missing(start, stop) for gap in self.hidden.missing(first, last)]
+
+    def allocated_bytes(self) -> int:
+        return self.active.file.allocated_bytes() + self.hidden.file.allocated_bytes()
+
+
+class SecondaryFilter(Node):
+    def __init__(self, disk: Node, gate: Gate) -> None:
+        self.disk = disk
+        self.size = disk.size
+        self.stage = Stage.NONE
+        self.layers: Layers | None = None
+        self.committed = 0
+        """Bytes from the start of the disk that the commit under way has put into the secondary disk."""
+        self.commit_error: OSError | None = None
+        """A write behind ``committed`` that did not reach the secondary disk: this commit cannot end well."""
+        self.gate = gate
+        self.locks = RangeLocks()
+
+    # Reading
+
+    def _source(self) -> Node:
+        if self.layers is not None:
+            return self.layers.active
+        if self.stage is Stage.DONE:
+            return self.disk
+        raise OSError(errno.EIO, "replication is not running")
+
+    async def read(self, offset: int, length: int) -> Data:
+        async with self.gate:
+            return await self._source().read(offset, length)
+
+    async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
+        async with self.gate:
+            return await self._source().extents(offset, length, limit)
+
+    # Writing
+
+    async def write(self, offset: int, data: Data) -> None:
+        view = memoryview(data)
+        await self._change(offset, len(data), lambda node, start, stop: node.write(start, view[start - offset : stop - offset]))
+
+    async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
+        await self._change(offset, length, lambda node, start, stop: node.write_zeroes(start, stop - start, may_unmap))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """As zeroes: every layer that it may reach then says the same."""
+        await self.write_zeroes(offset, length)
+
+    async def _change(self, offset: int, length: int, apply: Callable[[Node, int, int], Awaitable[None]]) -> None:
+        stop = offset + length
+        async with self.gate:
+            if self.layers is None or self.stage is Stage.RUNNING:
+                return await apply(self._source(), offset, stop)
+            async with self.locks.hold(offset & -SUBCLUSTER, stop + -stop % SUBCLUSTER):
+                for start, end, held in self.split(self.layers, offset, stop):
+                    if held:
+                        await apply(self.layers.active, start, end)
+                        if self.stage is Stage.FAILOVER and start < self.committed:
+                            try:
+                                await apply(self.disk, start, min(end, self.committed))
+                            except OSError as error:
+                                self.commit_error = error
+                                raise
+                    else:
+                        await apply(self.disk, start, end)
+
+    @staticmethod
+    def split(layers: Layers, start: int, stop: int) -> list[tuple[int, int, bool]]:
+        """A range in parts that the overlays hold, and parts that only the disk has: (start, stop, held)."""
+        parts = []
+        for first, last in layers.missing(start, stop):
+            if start < first:
+                parts.append((start, first, True))
+            parts.append((first, last, False))
+            start = last
+        if start < stop:
+            parts.append((start, stop, True))
+        return parts
+
+    async def flush(self) -> None:
+        """Every layer that the view is read from."""
+        async with self.gate:
+            self._source()
+            if self.layers is not None:
+                await self.layers.active.flush()
+                await self.layers.hidden.flush()
+            await self.disk.flush()
+
+    async def close(self) -> None:
+        """Disk and overlays are their owner's to close."""

@@ -1,0 +1,57 @@
+"""The status for people: aligned lines, sizes in human units."""
+
+from typing import Any
+
+from replfs.errors import printable
+
+
+def show(status: dict[str, Any]) -> str:
+    """The lines of `replfs status`."""
+    rows = [
+        ("mode", status["mode"]),
+        ("stage", status["stage"] + _commit(status)),
+        ("error", status["error"] or "none"),
+        ("last error", status["last-error"] or "none"),
+        ("generation", str(status["generation"])),
+        ("file", f"{status['mountpoint']}/{status['name']}"),
+        ("size", size(status["size"])),
+        ("disk", _file(status["disk"])),
+        *((name, _file(overlay)) for name, overlay in status.get("overlays", {}).items()),
+        *((name, _SHOWN[name](status)) for name in _SHOWN if name in status),
+        ("durability", status["durability"]),
+        ("state", status["state-dir"]),
+        ("process", f"{status['pid']}, replfs {status['version']}"),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name + ':':<{width}}{printable(text)}" for name, text in rows)
+
+
+_SHOWN = {
+    "listen": lambda status: f"{status['listen']}, export {status['export']!r}, {_count(status['connections'], 'connection')}",
+    "target": lambda status: (
+        f"{status['target']}, {'connected' if status['connected'] else status['link-error'] or 'not connected'}"
+    ),
+}
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _commit(status: dict[str, Any]) -> str:
+    commit = status.get("commit")
+    return f", {size(commit['done'])} of {size(commit['total'])} committed" if commit else ""
+
+
+def _file(file: dict[str, Any]) -> str:
+    return f"{file['path']}, {size(file['allocated'])} allocated"
+
+
+def size(count: int) -> str:
+    """A number of bytes in binary units: 512 B, 1.5 KiB, 20 GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{count} B" if unit == "B" else f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"

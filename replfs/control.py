@@ -1,0 +1,63 @@
+"""The control attributes: names and values from outside, translated into a volume's operations and back, in one place.
+
+Everything that comes in here may come from anyone who can reach the file: names and values are checked before anything happens.
+"""
+
+import errno
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from replfs.block.replication.rules import Mode, Operation
+from replfs.errors import ReplfsError, printable
+from replfs.volume.base import Volume
+
+PREFIX: Final = "user.replfs."
+_VALUE_LIMIT: Final = 256
+
+_READ: Final[dict[str, Callable[[Volume], Any]]] = {
+    "mode": lambda volume: volume.config.mode,
+    "stage": lambda volume: volume.state.stage,
+    "error": lambda volume: volume.error,
+    "last-error": lambda volume: volume.last_error,
+    "generation": lambda volume: volume.state.generation,
+    "status": lambda volume: msgspec.json.encode(volume.status()).decode(),
+}
+
+NAMES: Final = tuple(PREFIX + name for name in _READ)
+"""The attributes that can be read."""
+
+
+def get(volume: Volume, name: str) -> bytes:
+    """An attribute's value. Raises OSError (ENODATA) for a name that cannot be read."""
+    read = _READ.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if read is None:
+        raise OSError(errno.ENODATA, "no such attribute")
+    return str(read(volume)).encode()
+
+
+async def put(volume: Volume, name: str, value: bytes) -> None:
+    """Carry out the operation that an attribute stands for. Raises ReplfsError: EOPNOTSUPP no such control, EINVAL wrong value."""
+    try:
+        operation = Operation(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    except ValueError:
+        operation = None
+    if operation is None:
+        raise ReplfsError(f"there is no control {printable(name)}", errno.EOPNOTSUPP)
+    try:
+        if len(value) > _VALUE_LIMIT:
+            raise ReplfsError(f"the value of {name} is longer than {_VALUE_LIMIT} bytes", errno.EINVAL)
+        await volume.control(operation, _mode(value) if operation is Operation.START else None)
+    except ReplfsError as error:
+        if volume.last_error != str(error):
+            volume.failed(operation, error)
+        raise
+
+
+def _mode(value: bytes) -> Mode:
+    try:
+        return Mode(value.decode())
+    except ValueError:
+        shown = printable(value.decode(errors="backslashreplace"), 40)
+        raise ReplfsError(f"start takes the value primary or secondary, not {shown!r}", errno.EINVAL) from None

@@ -1,0 +1,254 @@
+"""The FUSE export: one file that is the view, in a root directory of its own, both with the control attributes.
+
+Owns the mount's only two inodes and translates the kernel's requests into calls on the volume's view. Guarding rule: a handler lets
+nothing out but FUSEError; anything unexpected becomes EIO for that request and a traceback in the log, since pyfuse3 would end the
+daemon for it and the machine's disk would vanish.
+
+The kernel may cache what it read: the view changes through this mount alone, except when a control operation says so and calls
+:meth:`FuseExport.drop_cache`. For the same reason the modification time stays as it is between these operations: one that
+moved with every write would have the kernel drop its cache again and again.
+"""
+
+import errno
+import functools
+import logging
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import FUSEError
+
+from replfs import control
+from replfs.errors import ReplfsError
+from replfs.volume.base import Volume
+from replfs.volume.config import MountConfig
+
+logger = logging.getLogger(__name__)
+
+_ROOT: Final = pyfuse3.ROOT_INODE
+_FILE: Final = pyfuse3.InodeT(_ROOT + 1)
+_BLOCK: Final = 4096
+_ATTRIBUTE_SECONDS: Final = 60.0
+_PLAIN, _SYNC = pyfuse3.FileHandleT(1), pyfuse3.FileHandleT(2)
+"""File handles tell only whether each write is to be durable: FUSE sends no FSYNC for O_SYNC on a direct_io open."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _handler(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Keep the guarding rule above."""
+
+    @functools.wraps(call)
+    async def guarded(*arguments: P.args, **keywords: P.kwargs) -> T:
+        try:
+            return await call(*arguments, **keywords)
+        except FUSEError:
+            raise
+        except OSError as error:
+            if error.errno in _WORTH_LOGGING:
+                logger.warning("%s: %s", call.__name__, error)
+            raise FUSEError(error.errno or errno.EIO) from None
+        except ReplfsError as error:
+            raise FUSEError(error.errno) from None
+        except Exception:
+            logger.exception("%s: an unexpected exception", call.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return guarded
+
+
+_WORTH_LOGGING: Final = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG})
+
+
+class FuseExport(pyfuse3.Operations):
+    enable_writeback_cache = False
+    supports_dot_lookup = False
+
+    def __init__(self, volume: Volume, mount: MountConfig) -> None:
+        super().__init__()
+        self._volume = volume
+        self._view = volume.view
+        self._name = os.fsencode(volume.config.name)
+        self._read_only = mount.read_only
+        self._owner = os.getuid()
+        now = time.time_ns()
+        self._attributes = {
+            _ROOT: self._entry(_ROOT, stat.S_IFDIR | 0o755, 0, mount, now),
+            _FILE: self._entry(_FILE, stat.S_IFREG | mount.mode, self._view.size, mount, now),
+        }
+        self._attributes[_ROOT].st_nlink = 2
+
+    @staticmethod
+    def _entry(inode: pyfuse3.InodeT, mode: int, size: int, mount: MountConfig, now: int) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.st_mode = pyfuse3.ModeT(mode)
+        entry.st_nlink = 1
+        entry.st_uid, entry.st_gid = mount.uid, mount.gid
+        entry.st_size = size
+        entry.st_blksize = _BLOCK
+        entry.st_blocks = -(-size // 512)
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = now
+        entry.attr_timeout = entry.entry_timeout = _ATTRIBUTE_SECONDS
+        return entry
+
+    async def drop_cache(self) -> None:
+        """Have the kernel write back and forget what it caches of the file.
+
+        In a worker thread: the kernel waits for requests that only this process can answer.
+        """
+        try:
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, _FILE)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # nobody has looked the file up yet
+                raise
+        self._attributes[_FILE].st_mtime_ns = self._attributes[_FILE].st_ctime_ns = time.time_ns()
+
+    # The two inodes
+
+    @_handler
+    async def lookup(self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if parent_inode == _ROOT and name == self._name:
+            return self._attributes[_FILE]
+        if parent_inode == _ROOT and name in (b".", b".."):
+            return self._attributes[_ROOT]
+        raise FUSEError(errno.ENOENT)
+
+    @_handler
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._attributes[inode]
+
+    @_handler
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """Owner, mode and times, until the unmount. The size is the disk's: changing it is refused, also for O_TRUNC,
+        because a program that believes that it truncated the file would leave the old content in its holes."""
+        entry = self._attributes[inode]
+        if fields.update_size:
+            raise FUSEError(errno.EPERM)
+        if fields.update_mode:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFMT(entry.st_mode) | stat.S_IMODE(attr.st_mode))
+        if fields.update_uid:
+            entry.st_uid = attr.st_uid
+        if fields.update_gid:
+            entry.st_gid = attr.st_gid
+        if fields.update_atime:
+            entry.st_atime_ns = attr.st_atime_ns
+        if fields.update_mtime:
+            entry.st_mtime_ns = attr.st_mtime_ns
+        return entry
+
+    @_handler
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        return _PLAIN
+
+    @_handler
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        if start_id == 0:
+            pyfuse3.readdir_reply(token, pyfuse3.FileNameT(self._name), self._attributes[_FILE], 1)
+
+    @_handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """A file system that its one file fills."""
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = _BLOCK
+        data.f_blocks = -(-self._view.size // _BLOCK)
+        data.f_bfree = data.f_bavail = 0
+        data.f_files = 2
+        data.f_ffree = data.f_favail = 0
+        data.f_namemax = 255
+        return data
+
+    # The file's content
+
+    @_handler
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if self._read_only and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        direct = bool(flags & os.O_DIRECT)
+        return pyfuse3.FileInfo(fh=_SYNC if flags & os.O_DSYNC else _PLAIN, direct_io=direct, keep_cache=not direct)
+
+    @_handler
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        length = min(size, self._view.size - off)
+        if length <= 0:
+            return b""
+        return bytes(await self._view.read(off, length))
+
+    @_handler
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        """As to a block device: what does not fit before its end is not written."""
+        room = self._view.size - off
+        if room <= 0:
+            raise FUSEError(errno.ENOSPC)
+        data = buf if len(buf) <= room else buf[:room]
+        await self._view.write(off, data)
+        if fh == _SYNC:
+            await self._view.flush()
+        return len(data)
+
+    @_handler
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        await self._view.flush()
+
+    @_handler
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        await self._view.flush()
+
+    @_handler
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """close(2) promises nothing."""
+
+    @_handler
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """File handles hold nothing."""
+
+    @_handler
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """File handles hold nothing."""
+
+    async def forget(self, inode_list: object) -> None:
+        """The two inodes are there as long as the mount."""
+
+    # What a directory with one fixed file cannot do
+
+    @_handler
+    async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
+        return True  # the kernel checks: the mount has default_permissions
+
+    @_handler
+    async def mknod(self, *_: Any) -> Any:
+        raise FUSEError(errno.EPERM)
+
+    create = mkdir = symlink = link = unlink = rmdir = rename = mknod  # type: ignore[assignment]
+
+    # Control
+
+    @_handler
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return [name.encode() for name in control.NAMES]
+
+    @_handler
+    async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return control.get(self._volume, name.decode(errors="replace"))
+
+    @_handler
+    async def setxattr(self, inode: pyfuse3.InodeT, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if ctx.uid not in (0, self._owner):
+            raise FUSEError(errno.EACCES)
+        await control.put(self._volume, name.decode(errors="replace"), value)
+
+    @_handler
+    async def removexattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        raise FUSEError(errno.EOPNOTSUPP)

@@ -1,0 +1,383 @@
+"""The NBD server: it serves one node, under one name, to whoever connects.
+
+A :class:`NbdServer` owns its listening sockets and its connections; the node stays its owner's. Nothing that a client does can
+raise out of it, block other connections, or take more than a bounded amount of memory: 16 connections, and for each a bounded
+number of requests and bytes under way. A request is under way until its reply has been handed to the kernel, so a client that
+does not read its replies is not read from either.
+
+How a connection is served. All of its workers do the same: each takes whatever is to be done next, which is to carry out a
+request that has arrived, or to send the replies that are there, or to receive more, or nothing. One receive brings many requests;
+as long as the node answers without waiting, one worker carries them all out and sends the replies at once. A worker that begins
+a request first sees to it that another one is awake (the standby), which goes on with the rest if the request has to wait.
+
+The transmission is shielded from cancellation. It ends when its socket is closed, by :meth:`NbdServer.close_connections` or by
+:meth:`NbdServer.serve` itself when that is cancelled: a node call that is under way is always finished, never torn.
+"""
+
+import errno
+import logging
+import os
+import secrets
+import socket
+import stat
+from collections import deque
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from replfs.block.node import Data, Node
+from replfs.errors import InUse, ReplfsError, printable
+from replfs.protocol.nbd import wire
+from replfs.protocol.nbd.server import GREETING, Export, Handshake, Phase, Transmission
+from replfs.protocol.nbd.uri import Address, TcpAddress, UnixAddress
+from replfs.protocol.nbd.wire import Request
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS: Final = 16
+HANDSHAKE_TIMEOUT: Final = 30.0
+"""Seconds that a client has to come to an agreement."""
+
+MAX_REQUESTS: Final = 16
+"""Requests of one connection that the node is busy with at a time."""
+
+MAX_HELD: Final = 64 << 20
+"""Bytes that the requests under way of one connection may hold together."""
+
+_RECEIVE_SIZE: Final = 256 << 10
+_REQUEST_COST: Final = 16 << 10  # bytes that a request is taken to hold besides its payload; a BLOCK_STATUS reply is the largest
+_MAX_EXTENTS: Final = 1024  # in one BLOCK_STATUS reply
+_LARGE: Final = 64 << 10  # from this size on, a reply's data is sent by itself rather than copied together with others
+_TURNS: Final = 32  # requests that are carried out before other tasks get a turn, should none of them have to wait
+
+_GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class NbdServer:
+    """Serves ``node`` as the export ``name``; the empty name answers too.
+
+    ``read_only`` may be changed at any time: connections made from then on see it. To fence writers off, set it and then call
+    :meth:`close_connections`.
+    """
+
+    def __init__(self, node: Node, name: str, *, read_only: bool = False) -> None:
+        self.read_only = read_only
+        self._node = node
+        self._name = name
+        self._listeners: list[trio.SocketListener] = []
+        self._unix_socket: _UnixSocket | None = None
+        self._connections: set[_Connection] = set()
+        self._full = False
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._connections)
+
+    async def listen(self, address: Address) -> Address:
+        """Bind the address, so that clients wait rather than fail until :meth:`serve` runs; returns it with the port that it got.
+
+        A host is listened on at all addresses it resolves to. A unix socket is for its owner only (mode 0600), and takes the
+        place of one that nobody listens on. Raises :class:`InUse` if another server has the address, else :class:`ReplfsError`.
+        """
+        try:
+            if isinstance(address, UnixAddress):
+                self._unix_socket = _UnixSocket(address)
+                self._listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(self._unix_socket.socket))]
+                return address
+            self._listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise _in_use(address) from None
+            raise ReplfsError(f"cannot listen on {printable(str(address))}: {error.strerror or error}") from error
+        return TcpAddress(address.host, self._listeners[0].socket.getsockname()[1])
+
+    async def serve(self) -> None:
+        """Serve until cancelled; then all connections are closed, requests under way are finished, the address is free."""
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await trio.serve_listeners(self._serve_connection, self._listeners, handler_nursery=nursery)
+                finally:
+                    for connection in self._connections:
+                        connection.close()
+        finally:
+            if self._unix_socket is not None:
+                self._unix_socket.remove()
+
+    async def close(self) -> None:
+        """Let go of the address, where :meth:`serve` was never called."""
+        for listener in self._listeners:
+            await listener.aclose()
+        if self._unix_socket is not None:
+            self._unix_socket.remove()
+
+    async def close_connections(self) -> None:
+        """Close every connection there is now. When this returns, no request of theirs is at the node any more.
+
+        Requests under way are finished, those that still wait are dropped; no reply is sent to either. New connections may be
+        made meanwhile.
+        """
+        connections = list(self._connections)
+        for connection in connections:
+            connection.close()
+        for connection in connections:
+            await connection.finished.wait()
+
+    async def _serve_connection(self, stream: trio.SocketStream) -> None:
+        if len(self._connections) >= MAX_CONNECTIONS:
+            if not self._full:
+                logger.warning("there are %d NBD connections already: more are turned away", MAX_CONNECTIONS)
+            self._full = True
+            stream.socket.close()
+            return
+        connection = _Connection(self._node, stream)
+        self._connections.add(connection)
+        try:
+            reason = await connection.serve(Export(self._name, self._node.size, self.read_only))
+            if reason:
+                logger.info("the NBD client %s is disconnected: %s", connection.peer, reason)
+        except Exception:
+            logger.exception("the NBD client %s is disconnected because of an unexpected error", connection.peer)
+        finally:
+            connection.close()
+            self._connections.remove(connection)
+            self._full = False
+            connection.finished.set()
+
+
+class _Connection:
+    """One client."""
+
+    def __init__(self, node: Node, stream: trio.SocketStream) -> None:
+        self.peer = _peer(stream)
+        self.finished = trio.Event()
+        self._node = node
+        self._stream = stream
+        self._closed = False
+
+        # The transmission phase. Between two awaits nothing else runs, which is all the locking that this needs.
+        self._transmission: Transmission
+        self._ended = False  # nothing more will be received
+        self._queue: deque[Request] = deque()  # arrived and not begun
+        self._held = 0  # bytes of the requests under way, by _cost
+        self._replies: list[Data] = []  # to be sent
+        self._replied = 0  # bytes of the requests that those belong to
+        self._receiving = False
+        self._sending = False
+        self._idle = trio.lowlevel.ParkingLot()  # workers without work
+        self._standby = False  # one of them has been woken and did not run yet
+        self._turn = 0
+
+    def close(self) -> None:
+        """End it now: nothing is received, begun or sent any more."""
+        self._closed = True
+        self._stream.socket.close()
+        self._idle.unpark_all()
+
+    async def serve(self, export: Export) -> str:
+        """Serve the client until either side ends it; returns why, unless that was its wish."""
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT):
+                handshake = await self._negotiate(export)
+        except _GONE:
+            return ""
+        except trio.TooSlowError:
+            return f"no export was agreed on within {HANDSHAKE_TIMEOUT:.0f} seconds"
+        if handshake.phase is not Phase.TRANSMISSION:
+            return handshake.reason
+        self._transmission = handshake.transmission()
+        self._take(handshake.rest)
+        # One worker more than there may be requests, so that one is always left to receive and to send.
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for _ in range(MAX_REQUESTS + 1):
+                    nursery.start_soon(self._work)
+        return self._transmission.reason
+
+    async def _negotiate(self, export: Export) -> Handshake:
+        handshake = Handshake(export)
+        await self._stream.send_all(GREETING)
+        while handshake.phase not in (Phase.TRANSMISSION, Phase.CLOSED):
+            data = await self._stream.receive_some(_RECEIVE_SIZE)
+            if not data:
+                break
+            await self._stream.send_all(handshake.receive(data))
+        return handshake
+
+    async def _work(self) -> None:
+        """A worker: whatever changes something does so while awake, and looks here again before it parks."""
+        while not self._closed:
+            if self._may_begin():
+                if not self._standby:
+                    self._standby = True
+                    self._idle.unpark()
+                await self._carry_out(self._queue.popleft())
+                self._turn += 1
+                if self._turn % _TURNS == 0:
+                    await trio.lowlevel.checkpoint()
+            elif self._replies and not self._sending:
+                await self._send()
+            elif self._ended and not self._queue:
+                break
+            elif not self._receiving and not self._ended and not self._queue:
+                await self._receive()
+            else:
+                await self._idle.park()
+                self._standby = False
+        self._idle.unpark_all()
+
+    def _may_begin(self) -> bool:
+        if not self._queue or not (self._standby or self._idle):
+            return False
+        return not self._held or self._held + _cost(self._queue[0]) <= MAX_HELD
+
+    def _take(self, data: bytes) -> None:
+        self._queue.extend(self._transmission.receive(data))
+        self._ended = self._transmission.ended
+
+    async def _receive(self) -> None:
+        self._receiving = True
+        try:
+            data = await self._stream.receive_some(_RECEIVE_SIZE)
+        except _GONE:
+            data = b""
+        finally:
+            self._receiving = False
+        if data:
+            self._take(data)
+        else:
+            self._ended = True
+
+    async def _send(self) -> None:
+        replies, self._replies = self._replies, []
+        sent, self._replied = self._replied, 0
+        self._sending = True
+        try:
+            small: list[Data] = []
+            for part in replies:
+                if len(part) < _LARGE:
+                    small.append(part)
+                else:
+                    await self._stream.send_all(b"".join(small))
+                    await self._stream.send_all(part)
+                    small.clear()
+            if small:
+                await self._stream.send_all(b"".join(small))
+        except _GONE:
+            self.close()
+        finally:
+            self._sending = False
+        self._held -= sent
+
+    async def _carry_out(self, request: Request) -> None:
+        transmission = self._transmission
+        cost = _cost(request)
+        self._held += cost
+        refusal = transmission.check(request)
+        if refusal is not None:
+            self._replies.append(transmission.failure(request, *refusal))
+        else:
+            try:
+                await self._ask_node(request)
+            except OSError as error:
+                nbd_error = wire.ERROR_OF_ERRNO.get(error.errno or errno.EIO, wire.NBD_EIO)
+                self._replies.append(transmission.failure(request, nbd_error, error.strerror or str(error)))
+            except Exception:
+                logger.exception("an NBD request (type %d, %d bytes at %d) failed", request.type, request.length, request.offset)
+                self._replies.append(transmission.failure(request, wire.NBD_EIO, "unexpected error, see the server's log"))
+        self._replied += cost
+
+    async def _ask_node(self, request: Request) -> None:
+        node = self._node
+        flags, kind, _, offset, length, data = request
+        if kind == wire.NBD_CMD_READ:
+            content = await node.read(offset, length)
+            if len(content) != length:
+                raise RuntimeError(f"the node gave {len(content)} bytes")
+            self._replies += (self._transmission.read_header(request), content)
+            return
+        if kind == wire.NBD_CMD_BLOCK_STATUS:
+            limit = 1 if flags & wire.NBD_CMD_FLAG_REQ_ONE else _MAX_EXTENTS
+            self._replies.append(self._transmission.block_status(request, await node.extents(offset, length, limit)))
+            return
+        if kind == wire.NBD_CMD_WRITE:
+            await node.write(offset, data)
+        elif kind == wire.NBD_CMD_WRITE_ZEROES:
+            await node.write_zeroes(offset, length, may_unmap=not flags & wire.NBD_CMD_FLAG_NO_HOLE)
+        elif kind == wire.NBD_CMD_TRIM:
+            await node.discard(offset, length)
+        if kind == wire.NBD_CMD_FLUSH or flags & wire.NBD_CMD_FLAG_FUA:
+            await node.flush()
+        self._replies.append(self._transmission.success(request))
+
+
+def _cost(request: Request) -> int:
+    carries = request.type in (wire.NBD_CMD_READ, wire.NBD_CMD_WRITE) and request.length <= wire.MAX_PAYLOAD
+    return _REQUEST_COST + (request.length if carries else 0)
+
+
+def _peer(stream: trio.SocketStream) -> str:
+    """Who is at the other end. A TCP peer that falls silent is noticed after a minute: a dead host must not keep its connection."""
+    try:
+        name = stream.socket.getpeername()
+        if not isinstance(name, tuple):
+            return "on the unix socket"
+        for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+            stream.setsockopt(socket.IPPROTO_TCP, option, value)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return str(TcpAddress(name[0], name[1]))
+    except OSError:  # it is gone already
+        return "that left at once"
+
+
+def _in_use(address: Address) -> InUse:
+    return InUse(f"{printable(str(address))} is in use by another server: stop it or choose another --listen")
+
+
+class _UnixSocket:
+    """A listening unix socket and its file. The file appears with a rename, when it can be connected to and by whom is settled."""
+
+    def __init__(self, address: UnixAddress) -> None:
+        self._path = address.path
+        _refuse_live_socket(address)
+        hidden = f"{self._path}.{secrets.token_hex(4)}"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.socket.bind(hidden)
+            try:
+                os.chmod(hidden, 0o600)
+                self.socket.listen()
+                self._inode = os.stat(hidden).st_ino
+                os.rename(hidden, self._path)
+            except OSError:
+                os.unlink(hidden)
+                raise
+        except OSError:
+            self.socket.close()
+            raise
+
+    def remove(self) -> None:
+        """Remove the file, if it is not another server's by now."""
+        with suppress(OSError):
+            if os.lstat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+
+
+def _refuse_live_socket(address: UnixAddress) -> None:
+    try:
+        mode = os.lstat(address.path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ReplfsError(f"{printable(address.path)} exists and is not a socket: choose another --listen")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full backlog must not block: whoever has one is alive
+        try:
+            probe.connect(address.path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return
+        except BlockingIOError:
+            pass
+    raise _in_use(address)

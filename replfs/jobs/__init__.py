@@ -1,0 +1,1 @@
+"""Jobs: walks over nodes in the background, while these are in use."""

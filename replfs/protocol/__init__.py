@@ -1,0 +1,1 @@
+"""Wire protocols as bytes and values, without any I/O."""

@@ -1,0 +1,269 @@
+"""The secondary's volume: disk, overlays, filter and NBD export, and what each control operation does to them.
+
+A generation is a pair of empty overlays that has been filled since; the pair of the next one is made ready in the background. A
+checkpoint, a stop and the end of a failover are one replacement of the state file each, made while the gate is shut, with the nodes
+changed right after it. What the state file does not name is a leftover, whenever the process may have died.
+"""
+
+import errno
+import logging
+from typing import Any
+
+import msgspec
+import trio
+
+from replfs.block.copy_before_write import CopyBeforeWrite
+from replfs.block.locks import Gate
+from replfs.block.qcow2.create import create
+from replfs.block.qcow2.image import Image
+from replfs.block.replication.rules import Stage
+from replfs.block.replication.secondary import Layers, SecondaryFilter
+from replfs.errors import ReplfsError
+from replfs.export.nbd import NbdServer
+from replfs.jobs.commit import commit
+from replfs.volume.base import Volume
+from replfs.volume.config import Config
+from replfs.volume.state import NotDurable
+
+logger = logging.getLogger(__name__)
+
+_FENCED = frozenset({Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE})
+
+
+class SecondaryVolume(Volume):
+    view: SecondaryFilter
+
+    def __init__(self, config: Config, disk_format: str | None) -> None:
+        super().__init__(config, disk_format)
+        assert config.listen is not None
+        self.gate = Gate()
+        self.view = SecondaryFilter(self.disk, self.gate)
+        self.exported = CopyBeforeWrite(self.disk, self.gate)
+        self.server = NbdServer(self.exported, config.export)
+        self._spare: Layers | None = None
+        self._background: trio.Nursery | None = None
+
+    async def connect(self, nursery: trio.Nursery) -> None:
+        assert self.config.listen is not None
+        await self.server.listen(self.config.listen)
+
+    async def begin(self, nursery: trio.Nursery) -> None:
+        stage = self.state.stage
+        if not self.config.start and stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):
+            raise ReplfsError(
+                "an unfinished failover cannot be left: mount without --no-start, and it goes on (its overlays hold the only copy"
+                " of what this side's machine wrote)",
+                errno.EBUSY,
+            )
+        self._background = nursery
+        self.directory.make()
+        if not self.config.start and stage is not Stage.NONE:
+            logger.warning("--no-start: the stage was %s; the overlays are dropped, and the disk keeps what it holds", stage)
+            await self._save(stage=Stage.NONE, error=False)
+        kept = self.state.generation if self.state.stage not in (Stage.NONE, Stage.DONE) else None
+        try:
+            await trio.to_thread.run_sync(self.directory.remove_leftovers, kept)
+        except OSError as error:
+            raise ReplfsError(f"cannot clean {self.config.state_dir} up: {error.strerror}", error.errno or errno.EIO) from error
+        if kept is not None:
+            self._use(self._open_pair(self.state.generation))
+            if self.state.stage is Stage.FAILOVER:
+                nursery.start_soon(self._commit)
+            elif self.state.stage is Stage.RUNNING:
+                nursery.start_soon(self._prepare)
+            logger.info("resumed: the stage is %s, the generation %d", self.state.stage, self.state.generation)
+        elif self.state.stage is Stage.NONE and self.config.start:
+            await self._start()
+        elif self._saved is None:
+            await self._save()
+        self.view.stage = self.state.stage
+        await self._fence()
+        nursery.start_soon(self.server.serve)
+
+    async def _close(self) -> None:
+        if self._spare is not None:
+            await trio.to_thread.run_sync(_remove, self._spare)
+            self._spare = None
+        if self.view.layers is not None:
+            layers, self.view.layers, self.exported.hidden = self.view.layers, None, None
+            try:
+                await layers.active.flush()
+                await layers.hidden.flush()
+            finally:
+                await layers.active.close()
+                await layers.hidden.close()
+
+    async def abandon(self) -> None:
+        await self.server.close()
+        for layers in (self.view.layers, self._spare):
+            if layers is not None:
+                await layers.active.close()
+                await layers.hidden.close()
+        await super().abandon()
+
+    # Pairs of overlays
+
+    def _make_pair(self, generation: int) -> Layers:
+        """Make a generation's overlays, empty and on stable storage. Waits for the device. Raises OSError, ReplfsError."""
+        hidden, active = self.directory.overlay("hidden", generation), self.directory.overlay("active", generation)
+        hidden.unlink(missing_ok=True)
+        active.unlink(missing_ok=True)
+        create(str(hidden), self.view.size, self.state.disk.path, "raw")
+        create(str(active), self.view.size, f"./{hidden.name}", "qcow2")
+        self.directory.sync()
+        return self._open_pair(generation)
+
+    def _open_pair(self, generation: int) -> Layers:
+        """Raises ReplfsError."""
+        hidden = Image.open(str(self.directory.overlay("hidden", generation)), self.disk)
+        try:
+            return Layers(Image.open(str(self.directory.overlay("active", generation)), hidden), hidden)
+        except ReplfsError:
+            hidden.file.close()
+            raise
+
+    async def _prepare(self) -> None:
+        """Have the next generation's pair ready, so that a checkpoint need not wait for it."""
+        async with self.control_lock:
+            if self.state.stage is Stage.RUNNING and self._spare is None:
+                try:
+                    self._spare = await trio.to_thread.run_sync(self._make_pair, self.state.generation + 1)
+                except (OSError, ReplfsError) as error:
+                    logger.warning("the next checkpoint's overlays could not be made yet: %s", error)
+
+    def _use(self, layers: Layers | None) -> None:
+        self.view.layers = layers
+        self.exported.hidden = layers.hidden if layers else None
+
+    async def _drop(self, layers: Layers | None) -> None:
+        """Close and delete a pair that nothing uses any more."""
+        if layers is not None:
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(_remove, layers)
+            except OSError as error:
+                logger.warning("an old overlay could not be deleted, the next mount will try again: %s", error)
+
+    # Control
+
+    async def _start(self) -> None:
+        layers = await trio.to_thread.run_sync(self._make_pair, self.state.generation)
+        try:
+            async with self.gate.shut():
+                problem = await self._save(stage=Stage.RUNNING, error=False)
+                self._use(layers)
+                self.view.stage = Stage.RUNNING
+        except ReplfsError:
+            await self._drop(layers)
+            raise
+        await self.drop_cache()
+        self._in_background(self._prepare)
+        _raise(problem)
+
+    async def _checkpoint(self) -> None:
+        await self.drop_cache()  # pages that a mapping has changed belong to what is dropped now
+        await self.disk.flush()  # most of it, while requests still pass
+        if self._spare is None:
+            self._spare = await trio.to_thread.run_sync(self._make_pair, self.state.generation + 1)
+        old = self.view.layers
+        async with self.gate.shut():
+            await self.disk.flush()
+            problem = await self._save(generation=self.state.generation + 1)
+            self._use(self._spare)
+            self._spare = None
+        await self.drop_cache()  # what readers have cached of the old view
+        self._in_background(self._drop, old)
+        self._in_background(self._prepare)
+        _raise(problem)
+
+    async def _stop(self) -> None:
+        await self.drop_cache()
+        problem = await self._finish()
+        await self.drop_cache()
+        _raise(problem)
+
+    async def _failover(self) -> None:
+        async with self.gate.shut():
+            problem = await self._save(stage=Stage.FAILOVER, error=False)
+            self.view.committed = 0
+            self.view.stage = Stage.FAILOVER
+            self.exported.fenced = True
+        await self._fence()
+        self._in_background(self._commit)
+        _raise(problem)
+
+    async def _commit(self) -> None:
+        try:
+            await commit(self.view)
+            async with self.control_lock:
+                _raise(await self._finish())
+            logger.info("failover: done, the disk holds the whole view")
+        except (OSError, ReplfsError) as error:
+            async with self.control_lock:
+                if self.state.stage is Stage.FAILOVER:
+                    logger.error("failover: the commit failed and can be asked for again: %s", error)
+                    await self._commit_failed()
+                else:
+                    logger.warning("failover: done, but %s", error)
+
+    async def _commit_failed(self) -> None:
+        """The stage is told even if it cannot be saved: the saved one, failover, has the next mount try again."""
+        async with self.gate.shut():
+            try:
+                await self._save(stage=Stage.FAILOVER_FAILED, error=True)
+            except ReplfsError as error:
+                logger.warning("%s", error)
+                self.state = msgspec.structs.replace(self.state, stage=Stage.FAILOVER_FAILED, error=True)
+            self.view.stage = Stage.FAILOVER_FAILED
+
+    async def _finish(self) -> NotDurable | None:
+        """Stage done: the view is what the disk holds, and the old primary is kept out. Raises OSError, ReplfsError: it is not."""
+        old = self.view.layers
+        async with self.gate.shut():
+            if self.view.commit_error is not None:
+                raise self.view.commit_error
+            problem = await self._save(stage=Stage.DONE, error=False)
+            self._use(None)
+            self.view.stage = Stage.DONE
+            self.exported.fenced = True
+        await self._fence()
+        self._in_background(self._drop, old)
+        spare, self._spare = self._spare, None
+        self._in_background(self._drop, spare)
+        return problem
+
+    async def _fence(self) -> None:
+        """From failover on, and after a stop: nobody writes to the disk behind this side's machine."""
+        if self.state.stage in _FENCED:
+            self.exported.fenced = True
+            self.server.read_only = True
+            await self.server.close_connections()
+
+    def _in_background(self, task: Any, *arguments: Any) -> None:
+        assert self._background is not None
+        self._background.start_soon(task, *arguments)
+
+    def _side_status(self) -> dict[str, Any]:
+        layers = self.view.layers
+        status: dict[str, Any] = {
+            "listen": str(self.config.listen),
+            "export": self.config.export,
+            "connections": self.server.connections,
+            "overlays": {
+                name: {"path": image.file.path, "allocated": image.file.allocated_bytes()}
+                for name, image in ((("active", layers.active), ("hidden", layers.hidden)) if layers else ())
+            },
+        }
+        if self.state.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):
+            status["commit"] = {"done": self.view.committed, "total": self.view.size}
+        return status
+
+
+def _raise(problem: ReplfsError | None) -> None:
+    if problem is not None:
+        raise problem
+
+
+def _remove(layers: Layers) -> None:
+    layers.active.remove()
+    layers.hidden.remove()

@@ -1,0 +1,192 @@
+"""The state directory: what a volume remembers, and its overlays' files.
+
+The state is one small JSON file that is only ever replaced as a whole, and that is how a checkpoint is one step: ``generation``
+says which pair of overlays counts (active.N.qcow2, hidden.N.qcow2), and any other pair in the directory is a leftover.
+The directory is locked by the process that uses it.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from replfs.block.replication.rules import Mode, Stage
+from replfs.errors import InUse, ReplfsError, printable
+
+_VERSION: Final = 1
+_FILE: Final = "state.json"
+_NEW: Final = "state.json.new"
+_OVERLAY: Final = re.compile(r"(active|hidden)\.\d+\.qcow2")
+_LIMIT: Final = 1 << 20
+
+
+class DiskIdentity(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """By what a disk is known again. ``path`` as seen from the state directory; ``inode`` 0 for a device; ``size`` in bytes."""
+
+    path: str
+    size: int
+    inode: int
+
+
+class State(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A volume's state. ``error``: the sticky error is set, or, on a primary, may be: it was not closed."""
+
+    version: int
+    mode: Mode
+    stage: Stage
+    generation: int
+    error: bool
+    disk: DiskIdentity
+
+
+class NotDurable(ReplfsError):
+    """The new state stands, but a power cut may bring the old one back."""
+
+
+class StateDirectory:
+    """The directory, locked while this object is open. Nothing is written before :meth:`make`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InUse, or ReplfsError if the directory is there and cannot be used."""
+        self.path = path
+        self._fd = -1
+        self._made = False
+        if path.is_dir():
+            self._lock()
+        elif os.path.lexists(path):
+            raise ReplfsError(f"{printable(str(path))} is not a directory: name another with --state-dir", errno.ENOTDIR)
+
+    def _lock(self) -> None:
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InUse(
+                f"the state directory {printable(str(self.path))} is in use by another replfs: unmount that one first"
+            ) from None
+        except OSError as error:
+            raise self._problem(error) from error
+
+    def _problem(self, error: OSError) -> ReplfsError:
+        return ReplfsError(
+            f"the state directory {printable(str(self.path))} cannot be used: {error.strerror}", error.errno or errno.EIO
+        )
+
+    def make(self) -> None:
+        """Create the directory (0700) if it is not there. Raises ReplfsError."""
+        if self._fd < 0:
+            try:
+                self.path.mkdir(mode=0o700)
+            except OSError as error:
+                raise self._problem(error) from error
+            self._made = True
+            self._lock()
+
+    def undo(self) -> None:
+        """Remove the directory and all in it, if this process has made it."""
+        if self._made:
+            shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def load(self) -> State | None:
+        """The saved state, None if there is none. Raises ReplfsError if it is damaged or from another version of replfs."""
+        if self._fd < 0:
+            return None
+        path = self.path / _FILE
+        try:
+            with path.open("rb") as file:
+                state = msgspec.json.decode(file.read(_LIMIT), type=State)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._problem(error) from error
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ReplfsError(
+                f"the state file {printable(str(path))} is damaged ({printable(str(error))}): restore it, or remove the"
+                " state directory to start over with what the disk itself holds",
+                errno.EINVAL,
+            ) from error
+        if state.version != _VERSION or state.generation < 0:
+            raise ReplfsError(
+                f"the state file {printable(str(path))} is of version {state.version}, and this replfs knows {_VERSION}",
+                errno.EINVAL,
+            )
+        return state
+
+    def save(self, state: State) -> None:
+        """Replace the saved state and put it on stable storage. Waits for the device.
+
+        Raises ReplfsError if it could not be replaced: the old one stands. Raises NotDurable if it was replaced, and only
+        making that durable failed.
+        """
+        new = self.path / _NEW
+        try:
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                data = msgspec.json.format(msgspec.json.encode(state)) + b"\n"
+                if os.write(fd, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(new, self.path / _FILE)
+        except OSError as error:
+            raise ReplfsError(
+                f"cannot save the state in {printable(str(self.path))}: {error.strerror}", error.errno or errno.EIO
+            ) from error
+        try:
+            self.sync()
+        except OSError as error:
+            raise NotDurable(
+                f"cannot make {printable(str(self.path))} durable: {error.strerror}", error.errno or errno.EIO
+            ) from error
+
+    def sync(self) -> None:
+        """Put the directory's entries on stable storage. Raises OSError."""
+        os.fsync(self._fd)
+
+    def overlay(self, layer: str, generation: int) -> Path:
+        """The path of a generation's ``active`` or ``hidden`` overlay."""
+        return self.path / f"{layer}.{generation}.qcow2"
+
+    def remove_leftovers(self, keep: int | None) -> None:
+        """Delete every overlay but those of generation ``keep``. Raises OSError."""
+        kept = set() if keep is None else {self.overlay(layer, keep).name for layer in ("active", "hidden")}
+        for entry in os.listdir(self.path):
+            if _OVERLAY.fullmatch(entry) and entry not in kept:
+                (self.path / entry).unlink()
+
+
+def identify(disk: Path, size: int, state_dir: Path) -> DiskIdentity:
+    """What a disk will be known by, as seen from its state directory."""
+    info = disk.stat()
+    regular = (info.st_mode & 0o170000) == 0o100000
+    path = os.path.relpath(disk, state_dir) if regular else str(disk)
+    return DiskIdentity(path if "/" in path else f"./{path}", size, info.st_ino if regular else 0)
+
+
+def check_identity(state: State, disk: DiskIdentity, mode: Mode, state_dir: Path) -> None:
+    """Raises ReplfsError if the state is another disk's, or another mode's."""
+    if state.mode is not mode:
+        raise ReplfsError(
+            f"{printable(str(state_dir))} is the state of a {state.mode} volume: mount it with replfs {state.mode}, or name"
+            " another --state-dir (or remove this one) to start over",
+            errno.EINVAL,
+        )
+    if state.disk != disk:
+        was, now = (f"{printable(known.path)}, {known.size} bytes, inode {known.inode}" for known in (state.disk, disk))
+        raise ReplfsError(
+            f"{printable(str(state_dir))} is the state of another disk ({was}; this is {now}): name another --state-dir,"
+            " or remove this one to start over with what the disk itself holds",
+            errno.EINVAL,
+        )

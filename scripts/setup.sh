@@ -1,0 +1,39 @@
+#!/bin/sh
+# Make this checkout ready to run: Debian packages (installed when run as root, named otherwise), and a virtual environment in .venv
+# with replfs and what PACKAGES adds to it. Doing it again costs a second.
+#
+#   scripts/setup.sh [test]      with `test`, also what the tests need
+set -eu
+cd "$(dirname "$0")/.."
+
+packages="python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3 attr e2fsprogs"
+extra=""
+if [ "${1:-}" = test ]; then
+    packages="$packages qemu-utils nbdkit libnbd-bin python3-libnbd"
+    extra="[test]"
+fi
+
+missing=""
+for package in $packages; do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed' || missing="$missing $package"
+done
+if [ -n "$missing" ]; then
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "error: these Debian packages are missing; install them as root with: apt-get install$missing" >&2
+        exit 1
+    fi
+    echo "installing:$missing"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -qq update </dev/null
+    # shellcheck disable=SC2086
+    apt-get -qq install -y --no-install-recommends $missing </dev/null >/dev/null
+fi
+
+stamp=".venv/ready${1:+-$1}"
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+    echo "making .venv"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is older than 3.11" >&2; exit 1; }
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extra" </dev/null
+    touch "$stamp"
+fi
