@@ -154,6 +154,7 @@ def _check_mountpoint(path: Path) -> None:
             os.stat(path)
             raise ReplfsError(f"the mount point {shown} is not a directory", errno.ENOTDIR)
         if os.path.ismount(path):
+            os.statvfs(path)  # unlike stat it is never answered from the kernel's cache: ENOTCONN if the mount is dead
             raise InUse(f"the mount point {shown} is busy: something is mounted there already")
     except OSError as error:
         dead = ": what was mounted there is dead, unmount it first with umount" if error.errno == errno.ENOTCONN else ""

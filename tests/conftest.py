@@ -4,3 +4,5 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("replfs", deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("replfs")
+
+pytest_plugins = ["harness"]

@@ -40,3 +40,16 @@ def assert_same_as(image: Path, content: bytes, scratch: Path) -> None:
     """QEMU reads the same bytes from the image and its backing chain (qcow2 counts whole sectors: padded with zeroes)."""
     scratch.write_bytes(content.ljust(len(content) + -len(content) % 512, b"\0"))
     assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", image, scratch)
+
+
+def same(got: bytes | bytearray, expected: bytes | bytearray) -> bool:
+    """Whether they are equal; else it says where, instead of having pytest print both."""
+    if got == expected:
+        return True
+    first = next(
+        (i for i, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other), min(len(got), len(expected))
+    )
+    raise AssertionError(
+        f"different from byte {first} on: {bytes(got[first : first + 16])!r} instead of {bytes(expected[first : first + 16])!r};"
+        f" {len(got)} and {len(expected)} bytes"
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from disks import assert_same_as, assert_sound, overlay, qemu_img, raw
+from disks import assert_same_as, assert_sound, overlay, qemu_img, raw, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,11 +64,11 @@ async def test_an_overlay_is_a_disk_and_qemu_agrees(steps: list[tuple[str, int, 
                 if first < last:
                     model[first:last] = bytes(last - first)
             assert bytes(await image.read(offset, length)) == bytes(model[offset : offset + length])
-        assert bytes(await image.read(0, SIZE)) == bytes(model)
+        assert same(bytes(await image.read(0, SIZE)), bytes(model))
         await check_extents(image, bytes(model))
         await image.close()
         await disk.close()
-        assert (folder / "disk.raw").read_bytes() == below
+        assert same((folder / "disk.raw").read_bytes(), below)
         assert_sound(folder / "over.qcow2")
         assert_same_as(folder / "over.qcow2", bytes(model), folder / "model.raw")
 
@@ -93,7 +93,7 @@ async def test_a_small_write_takes_little_room(tmp_path: Path) -> None:
     await image.write_zeroes(4 * CLUSTER, 2 * CLUSTER)
     assert image.file.allocated_bytes() == before
     assert await image.extents(0, image.size, 1) == [Extent(2 * CLUSTER, True, True)]
-    assert bytes(await image.read(0, 2 * CLUSTER)) == bytes(2 * CLUSTER)
+    assert same(bytes(await image.read(0, 2 * CLUSTER)), bytes(2 * CLUSTER))
 
 
 async def test_populate_saves_only_what_is_missing_and_zeroes_for_free(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ async def test_populate_saves_only_what_is_missing_and_zeroes_for_free(tmp_path:
     image.populate(end, await disk.read(end, 100))
     assert image.missing(0, image.size) == [(CLUSTER, end)]
     await disk.write(0, b"n" * image.size)
-    assert bytes(await image.read(0, image.size)) == bytes(CLUSTER) + b"n" * CLUSTER + pattern(CLUSTER + 100, 3)[CLUSTER:]
+    assert same(bytes(await image.read(0, image.size)), bytes(CLUSTER) + b"n" * CLUSTER + pattern(CLUSTER + 100, 3)[CLUSTER:])
 
 
 async def test_a_read_that_waited_for_the_disk_looks_again(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ async def test_more_data_than_one_refcount_block_counts(tmp_path: Path) -> None:
         await image.write(i * CLUSTER, bytes([i + 1]) * CLUSTER)
     await image.close()
     image = Image.open(str(tmp_path / "over.qcow2"), disk)
-    assert bytes(await image.read(0, 8 * CLUSTER)) == b"".join(bytes([i + 1]) * CLUSTER for i in range(8))
+    assert same(bytes(await image.read(0, 8 * CLUSTER)), b"".join(bytes([i + 1]) * CLUSTER for i in range(8)))
     await image.write(9 * CLUSTER, b"x")
     await image.close()
     qemu_img("check", "-r", "leaks", tmp_path / "over.qcow2")  # the clusters that were skipped
@@ -213,7 +213,7 @@ async def test_a_full_file_system_fails_the_write_and_nothing_else(tmp_path: Pat
         assert failed > 10
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert bytes(await image.read(0, image.size)) == bytes(model)
+    assert same(bytes(await image.read(0, image.size)), bytes(model))
     await image.write(50 * CLUSTER, b"c" * 100)
     model[50 * CLUSTER : 50 * CLUSTER + 100] = b"c" * 100
     await image.close()
@@ -292,6 +292,6 @@ async def test_writers_side_by_side_do_not_lose_each_other(tmp_path: Path) -> No
     model = bytearray(b"o" * 2 * CLUSTER)
     for i in range(0, 2 * CLUSTER, 300):
         model[i : i + 100] = bytes([i % 251]) * min(100, 2 * CLUSTER - i)
-    assert bytes(await image.read(0, 2 * CLUSTER)) == bytes(model)
+    assert same(bytes(await image.read(0, 2 * CLUSTER)), bytes(model))
     await image.close()
     assert_sound(tmp_path / "over.qcow2")

@@ -38,11 +38,7 @@ _POLL_SECONDS = 0.1
 
 def main() -> NoReturn:
     """The entry point: exit status 0 done, 1 failed, 2 wrong usage."""
-    for fd in (0, 1, 2):  # a closed one would be handed to the next file that is opened
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    _have_standard_streams()
     try:
         _commands.main(prog_name="replfs", standalone_mode=False)
     except click.exceptions.Exit as end:
@@ -59,6 +55,14 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     sys.exit(0)
+
+
+def _have_standard_streams() -> None:
+    """Those that were closed when the process started go nowhere: else the next file that is opened would take their place."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+            setattr(sys, name, open(fd, "r" if fd == 0 else "w", closefd=False))  # noqa: SIM115 - for good
 
 
 def _fail(message: str, status: int) -> NoReturn:

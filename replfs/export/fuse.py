@@ -132,8 +132,10 @@ class FuseExport(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        """Owner, mode and times, until the unmount. The size is the disk's: changing it is refused, also for O_TRUNC,
-        because a program that believes that it truncated the file would leave the old content in its holes."""
+        """Owner, mode and times, until the unmount. The size is the disk's.
+
+        Changing it is refused: a program that believes that it truncated the file would leave the old content in its holes.
+        """
         entry = self._attributes[inode]
         if fields.update_size:
             raise FUSEError(errno.EPERM)
@@ -176,6 +178,8 @@ class FuseExport(pyfuse3.Operations):
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if self._read_only and flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
+        if flags & os.O_TRUNC:
+            raise FUSEError(errno.EPERM)  # as in setattr
         direct = bool(flags & os.O_DIRECT)
         return pyfuse3.FileInfo(fh=_SYNC if flags & os.O_DSYNC else _PLAIN, direct_io=direct, keep_cache=not direct)
 

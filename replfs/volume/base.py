@@ -126,7 +126,9 @@ class Volume(ABC):
                     if start_mode is not None:
                         check_start_mode(self.config.mode, start_mode)
                     await self._do[operation]()
-                    logger.info("%s succeeded: the stage is %s, the generation %d", operation, self.state.stage, self.state.generation)
+                    logger.info(
+                        "%s succeeded: the stage is %s, the generation %d", operation, self.state.stage, self.state.generation
+                    )
                 self.last_error = ""
             except OSError as error:
                 raise self.failed(operation, ReplfsError(f"{error.strerror or error}", error.errno or errno.EIO)) from error

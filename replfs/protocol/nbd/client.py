@@ -5,7 +5,7 @@ allocated beyond what was asked of it, and whatever breaks the protocol raises :
 connection is of no use. :class:`Refused` is different: the server keeps to the protocol and says no.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
@@ -270,16 +270,16 @@ class Transmission:
         """The request was never sent."""
         del self._pending[cookie]
 
-    def receive(self, data: bytes) -> list[Reply]:
-        """Take bytes from the server; returns the replies that they complete."""
-        buffer = self._buffer
-        buffer += data
-        replies: list[Reply] = []
+    def receive(self, data: bytes) -> Iterator[Reply]:
+        """Take bytes from the server; gives the replies that they complete, and all of those before it raises."""
+        self._buffer += data
         position = 0
-        while (length := self._message(position, replies)) > 0:
+        replies: list[Reply] = []
+        while length := self._message(position, replies):
             position += length
-        del buffer[:position]
-        return replies
+            yield from replies
+            replies.clear()
+        del self._buffer[:position]
 
     def _message(self, start: int, replies: list[Reply]) -> int:
         """Deal with the message that starts there, if all of it has arrived; returns its length or 0."""

@@ -1,0 +1,55 @@
+# What the scripts here share; each reads it first, and runs in an empty directory of its own. They show each command they run, so
+# that the output of one that failed ends with what failed. One that failed unmounts what it left; one that succeeded has left nothing.
+
+get() { # NAME PATH: a control attribute's value
+    getfattr --absolute-names --only-values -n "user.replfs.$1" "$2"
+}
+
+is() { # VALUE NAME PATH: the attribute has this value
+    [ "$(get "$2" "$3")" = "$1" ]
+}
+
+becomes() { # VALUE NAME PATH: the attribute has this value within 20 seconds
+    polls=200
+    until is "$1" "$2" "$3"; do
+        polls=$((polls - 1))
+        [ "$polls" -gt 0 ]
+        sleep 0.1
+    done
+}
+
+refused() { # TEXT COMMAND...: the command fails, and says TEXT and no traceback; its exit status is in $status, what it said in said
+    wanted=$1
+    shift
+    status=0
+    "$@" >said 2>&1 || status=$?
+    cat said >&2
+    [ "$status" != 0 ]
+    grep -qF -- "$wanted" said
+    ! grep -q Traceback said || return 1
+}
+
+process() { # MOUNTPOINT: the process that serves it
+    replfs status "$1" | sed -n 's/^process: *\([0-9]*\),.*/\1/p'
+}
+
+crash() { # PROCESS MOUNTPOINT: kill it, and wait until all of it is gone and the mount is dead
+    kill -KILL "$1"
+    polls=200
+    while ! ls "$2" 2>&1 | grep -q 'not connected' || grep -qs '^State:.[^ZX]' "/proc/$1/task/"*/status; do
+        polls=$((polls - 1))
+        [ "$polls" -gt 0 ]
+        sleep 0.1
+    done
+}
+
+unmount_all() {
+    awk -v under="$PWD/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | while read -r mount; do
+        fusermount3 -uz "$mount" || umount -l "$mount" || :
+    done
+}
+
+trap '[ $? = 0 ] || { set +x; unmount_all; } 2>/dev/null' EXIT
+trap 'exit 1' HUP INT TERM
+PS4='$ '
+set -x

@@ -1,0 +1,289 @@
+"""The command line: help, wrong usage, and bad input, which is told in one line and changes nothing."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from harness import REPLFS, Sides, replfs, run, wait_for
+
+MIB = 1 << 20
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int, float]]:
+    """All there is under a folder, so that any change shows."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        info = path.lstat()
+        found[str(path)] = (info.st_mode, info.st_size, info.st_mtime)
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "good.raw").write_bytes(bytes(MIB))
+    return tmp_path
+
+
+def refused(place: Path, *arguments: str | Path, status: int = 1, side: str = "secondary") -> str:
+    """The one line that a refused command prints; nothing is changed, mounted or left running."""
+    before = tree(place)
+    target: tuple[str | Path, ...] = () if {"--listen", "--target"} & set(arguments) else ("--listen", f"unix:{place}/s")
+    done = replfs(side, *arguments, *target, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert re.fullmatch(r"replfs: error: [^\n]+\n", done.stderr), done.stderr
+    assert tree(place) == before
+    assert str(place) not in Path("/proc/self/mounts").read_text()
+    return done.stderr
+
+
+def test_a_disk_that_is_missing(place: Path) -> None:
+    assert "nowhere.raw: No such file" in refused(place, place / "nowhere.raw", place / "mnt")
+
+
+def test_a_disk_that_is_empty(place: Path) -> None:
+    (place / "empty.raw").touch()
+    assert "empty.raw is empty" in refused(place, place / "empty.raw", place / "mnt")
+
+
+def test_a_disk_that_is_no_disk(place: Path) -> None:
+    (place / "dir").mkdir()
+    os.mkfifo(place / "fifo")
+    assert "is a directory" in refused(place, place / "dir", place / "mnt")
+    assert "neither a file nor a block device" in refused(place, place / "fifo", place / "mnt")
+    assert "neither a file nor a block device" in refused(place, "/dev/zero", place / "mnt", "--state-dir", place / "state")
+
+
+def test_a_disk_that_cannot_be_read(place: Path) -> None:
+    (place / "mnt2").symlink_to(place / "mnt2")
+    assert "mnt2" in refused(place, place / "mnt2", place / "mnt")
+
+
+def test_a_disk_that_looks_like_qcow2_and_no_format(place: Path) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", place / "image", "1M")
+    assert "looks like a qcow2 image" in refused(place, place / "image", place / "mnt")
+    assert "raw disks only" in refused(place, place / "image", place / "mnt", "--format", "qcow2")
+
+
+def test_a_raw_disk_that_starts_with_the_magic_all_the_same(place: Path, sides: Sides) -> None:
+    disk = sides.folder / "magic.raw"
+    disk.write_bytes(b"QFI\xfb" + bytes(MIB))
+    far = sides.secondary(disk, "--format", "raw")
+    assert far.content()[:4] == b"QFI\xfb"
+
+
+@pytest.mark.parametrize("what", ["missing", "a file", "a mount"])
+def test_a_mount_point_that_cannot_be_used(place: Path, what: str) -> None:
+    if what == "missing":
+        assert "nowhere: No such file" in refused(place, place / "good.raw", place / "nowhere")
+    elif what == "a file":
+        assert "is not a directory" in refused(place, place / "good.raw", place / "good.raw")
+    else:
+        done = replfs("secondary", place / "good.raw", "/proc", "--listen", f"unix:{place}/s", check=False)
+        assert (done.returncode, "/proc is busy" in done.stderr) == (1, True)
+        assert not (place / "good.raw.replfs").exists()
+
+
+def test_a_listen_address_in_use(place: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"{address} is in use" in refused(place, place / "good.raw", place / "mnt", "--listen", address)
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(place / "live"))
+        unix.listen()
+        assert "is in use" in refused(place, place / "good.raw", place / "mnt", "--listen", f"unix:{place}/live")
+    assert "is not a socket" in refused(place, place / "good.raw", place / "mnt", "--listen", f"unix:{place}/good.raw")
+
+
+def test_a_target_that_refuses(place: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"nbd://127.0.0.1:{unused.getsockname()[1]}/disk"
+        assert "Connection refused" in refused(place, place / "good.raw", place / "mnt", "--target", uri, side="primary")
+    uri = f"nbd+unix:///disk?socket={place}/nobody"
+    assert "No such file" in refused(place, place / "good.raw", place / "mnt", "--target", uri, side="primary")
+
+
+def test_a_target_of_another_size_or_name(place: Path, sides: Sides) -> None:
+    sides.secondary(2 * MIB)
+    uri = f"nbd+unix:///disk?socket={sides.socket}"
+    near = sides.make("primary", MIB)
+    done = replfs("primary", near.disk, near.point, "--target", uri, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"has {MIB} bytes" in done.stderr
+    assert f"has {2 * MIB}" in done.stderr
+    assert not near.state_dir.exists()
+    done = replfs("primary", near.disk, near.point, "--target", uri.replace("///disk", "///other"), check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_a_state_directory_of_another_disk_or_side(sides: Sides) -> None:
+    far = sides.secondary(MIB)
+    far.umount()
+    other = sides.folder / "other.raw"
+    other.write_bytes(bytes(MIB))
+    before = tree(sides.folder)
+    done = replfs("secondary", other, far.point, "--state-dir", far.state_dir, "--listen", f"unix:{sides.socket}", check=False)
+    assert (done.returncode, "is the state of another disk" in done.stderr) == (1, True)
+    done = replfs("primary", far.disk, far.point, "--target", "nbd://localhost", check=False)
+    assert (done.returncode, "is the state of a secondary volume" in done.stderr) == (1, True)
+    with far.disk.open("ab") as file:
+        file.write(bytes(512))
+    before = tree(sides.folder)
+    done = replfs("secondary", far.disk, far.point, "--listen", f"unix:{sides.socket}", check=False)
+    assert (done.returncode, f"{MIB + 512} bytes" in done.stderr) == (1, True)
+    assert tree(sides.folder) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe", b"null", b"9" * 100])
+def test_a_damaged_state_file(sides: Sides, content: bytes) -> None:
+    far = sides.secondary(MIB)
+    far.umount()
+    (far.state_dir / "state.json").write_bytes(content)
+    before = tree(sides.folder)
+    done = replfs("secondary", far.disk, far.point, "--listen", f"unix:{sides.socket}", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert re.search(r"state\.json is (damaged|of version)", done.stderr)
+    assert tree(sides.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("version", 2), ("generation", -1), ("stage", "walking"), ("generation", "1"), ("more", 1)]
+)
+def test_a_state_that_makes_no_sense(sides: Sides, key: str, value: object) -> None:
+    far = sides.secondary(MIB)
+    far.umount()
+    state = json.loads((far.state_dir / "state.json").read_bytes())
+    (far.state_dir / "state.json").write_text(json.dumps({**state, key: value}))
+    done = replfs("secondary", far.disk, far.point, "--listen", f"unix:{sides.socket}", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize("layer", ["active", "hidden"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "garbage", "a directory"])
+def test_a_lost_overlay_is_told_and_nothing_is_mounted(sides: Sides, layer: str, damage: str) -> None:
+    far = sides.secondary(MIB)
+    far.umount()
+    overlay = far.state_dir / f"{layer}.0.qcow2"
+    if damage in ("gone", "a directory"):
+        overlay.unlink()
+        if damage == "a directory":
+            overlay.mkdir()
+    else:
+        overlay.write_bytes(overlay.read_bytes()[:100] if damage == "cut" else os.urandom(300000))
+    done = replfs("secondary", far.disk, far.point, "--listen", f"unix:{sides.socket}", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert str(overlay) in done.stderr
+    assert os.listdir(far.point) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing argument"),
+        (("d", "m", "--listen", "nonsense"), "not an address"),
+        (("d", "m", "--listen", "192.0.2.1:10809"), "--plaintext"),
+        (("d", "m", "--listen", "0.0.0.0:10809"), "--plaintext"),
+        (("d", "m", "--listen", "[::]:10809"), "--plaintext"),
+        (("d", "m", "--format", "vmdk"), "vmdk"),
+        (("d", "m", "--name", "a/b"), "file's name"),
+        (("d", "m", "--mode", "9"), "mode"),
+        (("d", "m", "--uid", "no-such-user"), "no-such-user"),
+        (("d", "m", "-o", "allow_other,fast"), "'fast'"),
+        (("d", "m", "--nothing"), "--nothing"),
+        (("d", "m", "too many"), "too many"),
+        (("/dev/null/x\x1b[31m", "m\nn"), ""),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = replfs("secondary", *arguments, check=False, cwd=tmp_path)
+    assert done.returncode == (2 if message else 1)
+    assert re.fullmatch(r"replfs: error: [ -~]+\n", done.stderr), done.stderr
+    assert message in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "status", "message"),
+    [
+        ("nbds://localhost/disk", 2, "TLS"),
+        ("http://localhost/", 2, "scheme"),
+        ("nbd://192.0.2.1/disk", 2, "--plaintext"),
+        ("nbd+unix:///disk", 2, "socket"),
+    ],
+)
+def test_wrong_targets(place: Path, uri: str, status: int, message: str) -> None:
+    assert message in refused(place, place / "good.raw", place / "mnt", "--target", uri, side="primary", status=status)
+
+
+@pytest.mark.parametrize("command", ["status", "start", "checkpoint", "failover", "stop", "umount"])
+def test_control_of_what_is_no_mount(tmp_path: Path, command: str) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        done = replfs(command, path, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith("replfs: error: ")
+
+
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in ("primary", "secondary", "status", "start", "checkpoint", "failover", "stop"))]
+)
+def test_help(command: tuple[str, ...]) -> None:
+    assert "Usage: replfs" in replfs(*command, "--help").stdout
+
+
+def test_commands_do_what_the_attributes_do(sides: Sides) -> None:
+    far = sides.secondary(MIB, "--no-start")
+    far.expected = ["checkpoint failed", "stop failed"]
+    done = replfs("checkpoint", far.point, check=False)
+    assert (done.returncode, done.stderr) == (1, "replfs: error: Backup job was cancelled unexpectedly\n")
+    assert far.get("last-error") == "Backup job was cancelled unexpectedly"
+    replfs("start", far.point)
+    assert far.get("stage") == "running"
+    replfs("checkpoint", far.file)
+    assert far.get("generation") == "1"
+    replfs("failover", "--wait", far.point)
+    assert far.get("stage") == "done"
+    replfs("stop", far.point)
+
+
+def test_status_for_people_and_for_programs(sides: Sides) -> None:
+    far = sides.secondary(3 * MIB + 512)
+    near = sides.primary(3 * MIB + 512)
+    for side in (far, near):
+        status = json.loads(replfs("status", "--json", side.point).stdout)
+        assert (status["mode"], status["stage"], status["size"]) == (side.mode, "running", 3 * MIB + 512)
+        lines = replfs("status", side.point).stdout.splitlines()
+        assert len({len(re.match(r"[a-z ]+: *", line)[0]) for line in lines}) == 1  # type: ignore[index]
+        assert any(line.split(":")[1].strip() == "3 MiB" for line in lines)
+    assert "1 connection" in replfs("status", far.point).stdout
+    assert "connected" in replfs("status", near.point).stdout
+
+
+def test_the_foreground_logs_to_standard_error_and_ends_with_the_mount(sides: Sides, place: Path) -> None:
+    far = sides.make("secondary", MIB)
+    command = [REPLFS, "secondary", str(far.disk), str(far.point), "-f", "--listen", f"unix:{place}/s"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(far.point.is_mount, "the mount")
+        replfs("checkpoint", far.point)
+        replfs("umount", far.point)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "checkpoint succeeded" in log
+    assert not (far.state_dir / "replfs.log").exists()
+
+
+def test_it_works_with_no_standard_streams_at_all(sides: Sides) -> None:
+    far = sides.make("secondary", MIB)
+    words = [REPLFS, "secondary", str(far.disk), str(far.point), "--listen", f"unix:{sides.socket}"]
+    run("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words)
+    far.pid = far.status()["pid"]
+    far.set("checkpoint")
+    assert far.get("generation") == "1"
+    far.umount()

@@ -1,0 +1,139 @@
+"""What is on stable storage, and when: which files are synced before an answer is given."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import pytest
+import trio
+from test_replication import Faulty, pair
+from volumes import checkpoint, secondary
+
+from replfs.block.file import File
+from replfs.export.fuse import FuseExport
+from replfs.volume.base import Volume
+from replfs.volume.config import MountConfig
+
+MOUNT = MountConfig(options=(), uid=0, gid=0, mode=0o600, read_only=False)
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were put on stable storage, in order."""
+    names: list[str] = []
+    plain = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        names.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        plain(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return names
+
+
+def export(volume: Volume) -> Any:
+    return FuseExport(volume, MOUNT)
+
+
+async def opened(file: Any, flags: int) -> Any:
+    return (await file.open(2, flags, pyfuse3.RequestContext())).fh
+
+
+@pytest.mark.parametrize("flags", [os.O_SYNC, os.O_DSYNC, os.O_SYNC | os.O_DIRECT])
+async def test_a_synchronous_descriptor_syncs_each_write(tmp_path: Path, synced: list[str], flags: int) -> None:
+    async with secondary(tmp_path, bytes(SIZE)) as volume:
+        file = export(volume)
+        handle = await opened(file, os.O_RDWR | flags)
+        for _ in range(2):
+            synced.clear()
+            await file.write(handle, 0, b"x" * 512)
+            assert "active.0.qcow2" in synced
+        plain = await opened(file, os.O_RDWR)
+        synced.clear()
+        await file.write(plain, 0, b"x" * 512)
+        assert synced == []
+
+
+async def test_fsync_covers_every_layer_of_the_view(tmp_path: Path, synced: list[str]) -> None:
+    async with secondary(tmp_path, bytes(SIZE)) as volume:
+        file = export(volume)
+        await volume.exported.write(0, b"x")
+        await volume.view.write(4096, b"x")
+        synced.clear()
+        await file.fsync(await opened(file, os.O_RDWR), True)
+        assert sorted(synced) == ["active.0.qcow2", "hidden.0.qcow2", "secondary.raw"]
+        synced.clear()
+        await file.fsync(await opened(file, os.O_RDWR), True)
+        assert synced == []  # nothing was written since
+
+
+async def test_a_flush_over_nbd_covers_both_sides_and_the_pre_image(tmp_path: Path, synced: list[str]) -> None:
+    async with pair(tmp_path, SIZE) as (near, _):
+        await near.view.write(0, b"x" * 512)
+        synced.clear()
+        await near.view.flush()
+        assert synced[0] == "primary.raw"
+        assert synced[1:] == ["hidden.0.qcow2", "secondary.raw"]
+
+
+async def test_a_checkpoint_puts_the_disk_on_stable_storage_before_it_is_saved(tmp_path: Path, synced: list[str]) -> None:
+    async with secondary(tmp_path, bytes(SIZE)) as volume:
+        await volume.exported.write(0, b"x" * 512)
+        synced.clear()
+        state_at_sync = []
+        plain = volume.directory.save
+
+        def save(state: Any) -> None:
+            state_at_sync.append(list(synced))
+            plain(state)
+
+        volume.directory.save = save  # type: ignore[method-assign]
+        await checkpoint(volume)
+        assert state_at_sync == [["secondary.raw"]]
+
+
+async def test_a_checkpoint_fails_if_the_disk_cannot_be_made_durable(tmp_path: Path) -> None:
+    async with secondary(tmp_path, bytes(SIZE)) as volume:
+        faulty = Faulty(volume.disk)
+        await volume.exported.write(0, b"x" * 512)
+        plain, volume.disk = volume.disk, faulty  # type: ignore[assignment]
+        faulty.error = errno.EIO
+        with pytest.raises(Exception, match="Input/output error"):
+            await checkpoint(volume)
+        volume.disk = plain
+        assert volume.state.generation == 0
+        assert bytes(await volume.view.read(0, 512)) == bytes(512)
+
+
+async def test_syncs_that_come_together_share_one_and_none_comes_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = File.open(str(tmp_path / "f"), writable=True, create=True)
+    runs: list[bytes] = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: runs.append(os.pread(fd, 100, 0)))
+    file.write(0, b"1")
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(file.sync)
+    assert len(runs) == 1
+    file.write(1, b"2")
+    await file.sync()
+    await file.sync()
+    assert runs == [b"1", b"12"]
+    file.close()
+
+
+async def test_a_failed_sync_is_never_followed_by_one_that_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = File.open(str(tmp_path / "f"), writable=True, create=True)
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        await file.sync()
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="an earlier fdatasync failed"):
+        await file.sync()
+    file.close()
