@@ -139,6 +139,24 @@ async def test_a_partial_write_that_waited_keeps_what_came_meanwhile(tmp_path: P
     assert bytes(await image.read(0, 1200)) == b"1" * 100 + b"o" * 900 + b"2" * 100 + b"o" * 100
 
 
+@pytest.mark.parametrize("offset", [0, 1000, SUBCLUSTER - 100])
+async def test_a_partial_write_that_waited_sees_zeroes_that_came_meanwhile(tmp_path: Path, offset: int) -> None:
+    disk = raw(tmp_path / "disk.raw", b"o" * CLUSTER)
+    image = overlay(tmp_path / "over.qcow2", disk)
+    plain_read = disk.read
+
+    async def overtaken(offset: int, length: int) -> bytes:
+        disk.read = plain_read  # type: ignore[method-assign]
+        await image.write_zeroes(0, SUBCLUSTER)
+        return bytes(await plain_read(offset, length))
+
+    disk.read = overtaken  # type: ignore[method-assign]
+    await image.write(offset, b"1" * 100)
+    expected = bytearray(SUBCLUSTER)
+    expected[offset : offset + 100] = b"1" * 100
+    assert same(bytes(await image.read(0, SUBCLUSTER)), expected)
+
+
 async def test_the_borders_of_l2_tables(tmp_path: Path) -> None:
     disk = raw(tmp_path / "disk.raw", 3 * SPAN)
     image = overlay(tmp_path / "over.qcow2", disk)

@@ -68,6 +68,20 @@ class Faulty(Node):
         await self.below.close()
 
 
+class TakingTurns(Faulty):
+    """A node whose changes give every other task a turn before and after."""
+
+    async def write(self, offset: int, data: Data) -> None:
+        await trio.lowlevel.checkpoint()
+        await super().write(offset, data)
+        await trio.lowlevel.checkpoint()
+
+    async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
+        await trio.lowlevel.checkpoint()
+        await super().write_zeroes(offset, length, may_unmap)
+        await trio.lowlevel.checkpoint()
+
+
 @asynccontextmanager
 async def pair(folder: Path, before: bytes | int = IMAGE, **changes: Any) -> AsyncIterator[tuple[PrimaryVolume, SecondaryVolume]]:
     start = before if isinstance(before, bytes) else bytes(before)
@@ -589,11 +603,12 @@ async def test_the_primary_disks_own_error_reaches_the_caller_and_nothing_is_for
 
 async def test_what_a_primary_writes_reaches_the_secondary_in_the_same_order(tmp_path: Path) -> None:
     async with pair(tmp_path, 64 * KIB) as (near, far):
+        near.view.disk = TakingTurns(near.disk)
         async with trio.open_nursery() as nursery:
             for i in range(200):
-                offset = (i * 7919) % (60 * KIB)
+                offset = (i * 7919) % (8 * KIB)
                 nursery.start_soon(near.view.write, offset, bytes([i]) * (1 + i * 37 % 4000))
-                if i % 10 == 0:
+                if i % 3 == 0:
                     nursery.start_soon(near.view.write_zeroes, offset // 2, 3000)
         assert same(on_disk(near), on_disk(far))
         await near.view.discard(100, 10000)
@@ -618,6 +633,11 @@ async def test_a_primary_that_was_not_closed_says_so(tmp_path: Path) -> None:
     async with secondary(tmp_path) as far, primary(tmp_path, Target(far.config.listen, "disk")) as near:
         assert near.state.stage is Stage.RUNNING
         assert near.error == "I/O error occurred"
+        assert await outcome(near, Operation.STOP) == OK
+    (tmp_path / "primary.raw.replfs" / "state.json").write_bytes(killed.replace(b'"error": true', b'"error": false'))
+    async with secondary(tmp_path, start=False) as far, primary(tmp_path, Target(far.config.listen, "disk")) as near:
+        assert near.error == OK  # it was closed well; from now on it is not
+        assert (tmp_path / "primary.raw.replfs" / "state.json").read_bytes() == killed
 
 
 @pytest.mark.parametrize("size", [1, 511, 2047, 5 * CLUSTER + 777])

@@ -135,7 +135,7 @@ async def take(volume: SecondaryVolume, model: Model, step: list[Request] | str)
 async def test_checkpoints_under_load_show_one_moment(tmp_path: Path) -> None:
     """Forwarded writes carry rising numbers: a view never mixes what was before a checkpoint with what came after it."""
     blocks = 48
-    async with secondary(tmp_path, bytes(blocks * 512)) as volume, trio.open_nursery() as nursery:
+    async with secondary(tmp_path, bytes(blocks * 512 + 4096)) as volume, trio.open_nursery() as nursery:
         stop = trio.Event()
 
         async def forward() -> None:
@@ -146,7 +146,14 @@ async def test_checkpoints_under_load_show_one_moment(tmp_path: Path) -> None:
                     await volume.exported.write(i * 512, number.to_bytes(4, "big") * 128)
                     await trio.lowlevel.checkpoint()
 
+        async def machine() -> None:
+            while not stop.is_set():
+                await volume.view.write(blocks * 512 + 100, b"m" * 1000)
+                await volume.view.read(0, blocks * 512)
+
         nursery.start_soon(forward)
+        for _ in range(3):
+            nursery.start_soon(machine)
         for _ in range(25):
             await volume.control(Operation.CHECKPOINT)
             views = {bytes(await volume.view.read(0, blocks * 512)) for _ in range(5)}

@@ -11,8 +11,9 @@ _PIECE = 1 << 20
 async def commit(view: SecondaryFilter) -> None:
     """Make the secondary disk equal to the view, and durable, from its start on; ``view.committed`` tells how far it is (bytes).
 
-    The filter is in stage failover and stays there: what comes next is the volume's to do. Raises OSError; the view is right
-    then, and the commit may be tried again. Can be cancelled at any time.
+    The filter is in stage failover and stays there: what comes next is the volume's to do, and first of all to see whether
+    ``view.commit_error`` is set by then. Raises OSError; the view is right then, and the commit may be tried again. Can be
+    cancelled at any time.
     """
     layers = view.layers
     assert layers is not None
@@ -30,11 +31,7 @@ async def commit(view: SecondaryFilter) -> None:
                 view.committed = until
         else:
             view.committed = until
-    if view.commit_error is not None:
-        raise view.commit_error
     await view.disk.flush()
-    if view.commit_error is not None:
-        raise view.commit_error
 
 
 async def _copy(view: SecondaryFilter, start: int, stop: int) -> None:
