@@ -39,10 +39,8 @@ def run(config: Config, disk_format: str | None, mount: MountConfig, *, foregrou
 
     Raises ReplfsError if it could not start, or could not end well.
     """
-    logging.basicConfig(
-        level=logging.INFO if foreground else logging.WARNING, format="replfs: %(levelname)s: %(message)s", force=True
-    )
-    logging.getLogger("replfs").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="replfs: %(levelname)s: %(message)s", force=True)
+    logging.root.handlers[0].setLevel(logging.INFO if foreground else logging.WARNING)
     if foreground:
         trio.run(serve, config, disk_format, mount, lambda: None)
     elif _fork():
@@ -117,6 +115,10 @@ async def serve(config: Config, disk_format: str | None, mount: MountConfig, on_
                 except ReplfsError:
                     unmount = True
                     raise
+                except OSError as error:
+                    unmount = True
+                    where = printable(str(error.filename or config.state_dir))
+                    raise ReplfsError(f"cannot start: {where}: {error.strerror}", error.errno or errno.EIO) from error
                 begun = True
                 volume.drop_cache = export.drop_cache
                 on_ready()

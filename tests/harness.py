@@ -67,7 +67,8 @@ class Side:
         self.pid = 0
 
     def mount(self, *more: str | Path) -> None:
-        replfs(self.mode, self.disk, self.point, *self.arguments, *more)
+        done = replfs(self.mode, self.disk, self.point, *self.arguments, *more)
+        assert (done.stdout, done.stderr) == ("", "")
         self.pid = self.status()["pid"]
 
     def get(self, name: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 from pathlib import Path
@@ -140,6 +141,19 @@ def test_a_state_directory_of_another_disk_or_side(sides: Sides) -> None:
     done = replfs("secondary", far.disk, far.point, "--listen", f"unix:{sides.socket}", check=False)
     assert (done.returncode, f"{MIB + 512} bytes" in done.stderr) == (1, True)
     assert tree(sides.folder) == before
+
+
+def test_a_file_system_without_room_for_the_overlays(place: Path) -> None:
+    before = tree(place)
+    limits = (100_000, resource.RLIM_INFINITY)
+    done = replfs(
+        *("secondary", place / "good.raw", place / "mnt", "--listen", f"unix:{place}/s"),
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    )
+    assert (done.returncode, done.stderr) == (1, f"replfs: error: cannot start: {place}/good.raw.replfs: File too large\n")
+    assert tree(place).keys() == before.keys()
+    assert str(place) not in Path("/proc/self/mounts").read_text()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe", b"null", b"9" * 100])
