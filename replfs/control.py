@@ -40,19 +40,20 @@ def get(volume: Volume, name: str) -> bytes:
 async def put(volume: Volume, name: str, value: bytes) -> None:
     """Carry out the operation that an attribute stands for. Raises ReplfsError: EOPNOTSUPP no such control, EINVAL wrong value."""
     try:
-        operation = Operation(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
-    except ValueError:
-        operation = None
-    if operation is None:
-        raise ReplfsError(f"there is no control {printable(name)}", errno.EOPNOTSUPP)
-    try:
+        operation = _operation(name)
         if len(value) > _VALUE_LIMIT:
             raise ReplfsError(f"the value of {name} is longer than {_VALUE_LIMIT} bytes", errno.EINVAL)
-        await volume.control(operation, _mode(value) if operation is Operation.START else None)
+        mode = _mode(value) if operation is Operation.START else None
     except ReplfsError as error:
-        if volume.last_error != str(error):
-            volume.failed(operation, error)
-        raise
+        raise volume.failed(printable(name), error) from None
+    await volume.control(operation, mode)
+
+
+def _operation(name: str) -> Operation:
+    try:
+        return Operation(name.removeprefix(PREFIX) if name.startswith(PREFIX) else "")
+    except ValueError:
+        raise ReplfsError(f"there is no control {printable(name)}", errno.EOPNOTSUPP) from None
 
 
 def _mode(value: bytes) -> Mode:

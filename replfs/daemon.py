@@ -40,7 +40,9 @@ def run(config: Config, disk_format: str | None, mount: MountConfig, *, foregrou
     Raises ReplfsError if it could not start, or could not end well.
     """
     logging.basicConfig(level=logging.INFO, format="replfs: %(levelname)s: %(message)s", force=True)
-    logging.root.handlers[0].setLevel(logging.INFO if foreground else logging.WARNING)
+    if not foreground:
+        logging.root.handlers[0].setLevel(logging.WARNING)
+        logging.root.addHandler(_until_detached)
     if foreground:
         trio.run(serve, config, disk_format, mount, lambda: None)
     elif _fork():
@@ -57,6 +59,9 @@ def run(config: Config, disk_format: str | None, mount: MountConfig, *, foregrou
             os._exit(1)
         os._exit(0)
 
+
+_until_detached = logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+"""Keeps for the log what is said before there is one."""
 
 _ready_pipe = -1
 """In the daemon, until it is ready: where it tells so."""
@@ -87,6 +92,8 @@ def _detach(state_dir: Path) -> None:
     global _ready_pipe
     handler = logging.handlers.RotatingFileHandler(state_dir / _LOG_FILE, maxBytes=_LOG_BYTES, backupCount=2)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    _until_detached.setTarget(handler)
+    _until_detached.close()
     logging.root.handlers[:] = [handler]
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):

@@ -26,7 +26,8 @@ export PATH LC_ALL
 DISK_MIB=128
 RING=2048 # blocks of 4 KiB that the writer goes round in
 POLLS=600 # of 0.1 seconds: how long anything is waited for
-AT_MOST="timeout 60" # goes before each command that could wait for a mount; it lets such a command end before ^C is heeded
+SECONDS_EACH=30
+AT_MOST="timeout $SECONDS_EACH" # goes before each command that may have to wait for a mount; also keeps ^C from tearing it
 
 step="starting"
 reason=""
@@ -48,34 +49,33 @@ fail() {
     exit 1
 }
 
-mounts() {
-    awk -v under="$work/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts
+complain() { # STATUS that a check, or a command of itself, ended with
+    [ "$1" != 124 ] || reason=${reason:-no answer within $SECONDS_EACH seconds}
+    [ -n "$reason" ] || [ ! -e "$work/log" ] || tail -n 20 "$work/log" >&2
+    echo "demo: FAILED at \"$step\": ${reason:-a command failed, see above}" >&2
 }
 
 leave() { # STATUS: take everything down again, whatever there is by now
     trap - EXIT
     trap '' HUP INT TERM
     set +e
-    if [ "$1" = 1 ]; then
-        [ -n "$reason" ] || [ ! -e "$work/log" ] || tail -n 20 "$work/log" >&2
-        echo "demo: FAILED at \"$step\": ${reason:-a command failed, see above}" >&2
-    fi
     [ -n "$work" ] || exit "$1"
     if [ -n "$writer" ]; then
         : >"$work/stop-writing"
         wait "$writer"
     fi
-    for mount in $(mounts); do
-        timeout 30 replfs umount "$mount" >/dev/null 2>&1 && continue
+    for side in primary secondary; do
+        grep -q "/${work##*/}/$side fuse" /proc/self/mounts || continue
+        $AT_MOST replfs umount "$work/$side" && continue
         # shellcheck disable=SC2086
         kill -KILL $processes
-        fusermount3 -uz "$mount" || umount -l "$mount"
-    done 2>/dev/null
+        fusermount3 -uz "$work/$side" || umount -l "$work/$side"
+    done >/dev/null 2>&1
     rm -rf --one-file-system "$work"
     exit "$1"
 }
 
-trap 'leave $(($? != 0))' EXIT
+trap 'status=$?; [ $status = 0 ] || complain $status; leave $((status != 0))' EXIT
 trap 'leave 129' HUP
 trap 'leave 130' INT
 trap 'leave 143' TERM
@@ -128,7 +128,8 @@ write_on() { # FILE FIRST-BLOCK: until told to stop, write numbered blocks; a nu
     number=0
     while [ ! -e stop-writing ]; do
         printf '%4095d\n' "$number" |
-            $AT_MOST dd of="$1" bs=4096 iflag=fullblock seek=$(($2 + number % RING)) conv=notrunc status=none || exit 1
+            $AT_MOST dd of="$1" bs=4096 iflag=fullblock seek=$(($2 + number % RING)) conv=notrunc status=none ||
+            { : >write-failed; exit 1; }
         echo "$number" >>written
         number=$((number + 1))
     done
@@ -141,7 +142,7 @@ written() { # how many blocks the writer has written
 await_written() { # COUNT: until the writer has written as many
     polls=$POLLS
     while [ "$(written)" -lt "$1" ]; do
-        kill -0 "$writer" 2>/dev/null || fail "a write failed"
+        [ ! -e write-failed ] || fail "a write failed"
         polls=$((polls - 1))
         [ "$polls" -gt 0 ] || fail "the writer does not get on: $(written) blocks, not $1"
         sleep 0.1
@@ -155,7 +156,7 @@ ring() { # COUNT: what the writer's file holds after that many blocks
     }'
 }
 
-work=$(mktemp -d "${TMPDIR:-/tmp}/replfs-demo.XXXXXX")
+work=$(mktemp -d "${TMPDIR:-/tmp}/replfs.XXXXXX")
 log="$work/log"
 cd "$work"
 : >"$log"

@@ -226,6 +226,7 @@ def test_controls_on_the_file_and_on_the_root(sides: Sides) -> None:
             assert error_of(os.getxattr, path, name) == errno.ENODATA
         for name in ("user.replfs.mode", "user.replfs.nothing", "user.other"):
             assert error_of(os.setxattr, path, name, b"1") == errno.EOPNOTSUPP
+            assert os.getxattr(path, "user.replfs.last-error").decode() == f"there is no control {name}"
         assert error_of(os.removexattr, path, "user.replfs.mode") == errno.EOPNOTSUPP
         for value in (b"", b"tertiary", b"\xff\xfe", b"primary\n", b"p" * 60000):
             assert error_of(os.setxattr, path, "user.replfs.start", value) == errno.EINVAL
@@ -234,7 +235,7 @@ def test_controls_on_the_file_and_on_the_root(sides: Sides) -> None:
         os.setxattr(path, "user.replfs.checkpoint", b"")
         assert os.getxattr(path, "user.replfs.last-error") == b""
     assert far.get("generation") == "2"
-    far.expected = ["start failed"]
+    far.expected = ["start failed", "there is no control"]
 
 
 def test_only_the_owner_and_root_control(sides: Sides) -> None:

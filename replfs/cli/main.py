@@ -34,6 +34,7 @@ _FUSE_OPTIONS = frozenset(
 )
 _FUSE_OPTIONS_WITH_VALUE = frozenset(("max_read", "fsname", "subtype", "context"))
 _POLL_SECONDS = 0.1
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)  # what a mount answers once, and right when, its process has ended
 
 
 def main() -> NoReturn:
@@ -311,7 +312,7 @@ def _serve(
 def _refused(mountpoint: str, error: OSError) -> ReplfsError:
     """What a failed attribute call means."""
     shown = printable(mountpoint)
-    if error.errno == errno.ENOTCONN:
+    if error.errno in _DEAD:
         return ReplfsError(
             f"{shown}: its replfs has died; unmount it with replfs umount, then mount again: nothing it answered is lost"
         )
@@ -393,7 +394,7 @@ def _umount(mountpoint: str) -> None:
     try:
         process = os.pidfd_open(int(msgspec.json.decode(os.getxattr(mountpoint, "user.replfs.status"))["pid"]))
     except OSError as error:
-        if error.errno not in (errno.ENOTCONN, errno.ESRCH):
+        if error.errno not in (*_DEAD, errno.ESRCH):
             raise _refused(mountpoint, error) from error
     command = (
         ["umount", mountpoint] if os.geteuid() == 0 or shutil.which("fusermount3") is None else ["fusermount3", "-u", mountpoint]

@@ -17,7 +17,7 @@ def show(status: dict[str, Any]) -> str:
         ("size", size(status["size"])),
         ("disk", _file(status["disk"])),
         *((name, _file(overlay)) for name, overlay in status.get("overlays", {}).items()),
-        *((name, _SHOWN[name](status)) for name in _SHOWN if name in status),
+        ("listen", _listen(status)) if "listen" in status else ("target", _target(status)),
         ("durability", status["durability"]),
         ("state", status["state-dir"]),
         ("process", f"{status['pid']}, replfs {status['version']}"),
@@ -26,12 +26,12 @@ def show(status: dict[str, Any]) -> str:
     return "\n".join(f"{name + ':':<{width}}{printable(text)}" for name, text in rows)
 
 
-_SHOWN = {
-    "listen": lambda status: f"{status['listen']}, export {status['export']!r}, {_count(status['connections'], 'connection')}",
-    "target": lambda status: (
-        f"{status['target']}, {'connected' if status['connected'] else status['link-error'] or 'not connected'}"
-    ),
-}
+def _listen(status: dict[str, Any]) -> str:
+    return f"{status['listen']}, export {status['export']!r}, {_count(status['connections'], 'connection')}"
+
+
+def _target(status: dict[str, Any]) -> str:
+    return status["link-error"] or f"{status['target']}, {'connected' if status['connected'] else 'not connected'}"
 
 
 def _count(number: int, thing: str) -> str:

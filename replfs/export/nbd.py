@@ -51,6 +51,8 @@ _MAX_EXTENTS: Final = 1024  # in one BLOCK_STATUS reply
 _LARGE: Final = 64 << 10  # from this size on, a reply's data is sent by itself rather than copied together with others
 _TURNS: Final = 32  # requests that are carried out before other tasks get a turn, should none of them have to wait
 
+_PATH_LIMIT: Final = 107  # unix(7): sun_path, with a NUL at its end
+
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
@@ -229,6 +231,7 @@ class _Connection:
         self._idle.unpark_all()
 
     def _may_begin(self) -> bool:
+        """Whether a request waits, a worker can stand by, and there is room; alone, a request of any size has room."""
         if not self._queue or not (self._standby or self._idle):
             return False
         return not self._held or self._held + _cost(self._queue[0]) <= MAX_HELD
@@ -341,8 +344,10 @@ class _UnixSocket:
 
     def __init__(self, address: UnixAddress) -> None:
         self._path = address.path
+        if len(os.fsencode(self._path)) > _PATH_LIMIT:
+            raise ReplfsError(f"cannot listen on {printable(str(address))}: a unix socket's path has at most {_PATH_LIMIT} bytes")
         _refuse_live_socket(address)
-        hidden = f"{self._path}.{secrets.token_hex(4)}"
+        hidden = os.path.join(os.path.dirname(self._path), f".{secrets.token_hex(4)}")
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.socket.bind(hidden)

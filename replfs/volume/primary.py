@@ -54,7 +54,6 @@ class PrimaryVolume(Volume):
     async def begin(self, nursery: trio.Nursery) -> None:
         self.directory.make()
         if not self.config.start and self.state.stage is not Stage.NONE:
-            logger.warning("--no-start: the stage was %s", self.state.stage)
             await self._save(stage=Stage.NONE, error=False)
         if self.state.stage is Stage.RUNNING:
             if self.state.error:
@@ -69,10 +68,8 @@ class PrimaryVolume(Volume):
             await self._save()
 
     async def settle(self) -> None:
-        try:
-            await self.view.flush()
-        except OSError as error:
-            logger.error("the disk could not be flushed: %s", error)
+        if self._link is not None and self._link.connected and self.filter.forwarding:
+            await self.filter.flush()
         await super().settle()
 
     async def _close(self) -> None:

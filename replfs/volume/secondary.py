@@ -58,7 +58,8 @@ class SecondaryVolume(Volume):
         self._background = nursery
         self.directory.make()
         if not self.config.start and stage is not Stage.NONE:
-            logger.warning("--no-start: the stage was %s; the overlays are dropped, and the disk keeps what it holds", stage)
+            if stage is Stage.RUNNING:
+                logger.warning("--no-start: the overlays are dropped; the disk keeps what it holds")
             await self._save(stage=Stage.NONE, error=False)
         kept = self.state.generation if self.state.stage not in (Stage.NONE, Stage.DONE) else None
         try:

@@ -32,6 +32,7 @@ replfs status b | grep -x 'last error: *Block replication is running or done'
 
 # What is no control, cannot be read, or cannot be set.
 refused 'Operation not supported' setfattr -n user.replfs.commit -v 1 b
+is 'there is no control user.replfs.commit' last-error b
 refused 'Operation not supported' setfattr -n user.replfs.stage -v done b
 refused 'Operation not supported' setfattr -n user.comment -v hello b
 refused 'Operation not supported' setfattr -x user.replfs.stage b

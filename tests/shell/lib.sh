@@ -1,5 +1,6 @@
-# What the scripts here share; each reads it first, and runs in an empty directory of its own. They show each command they run, so
-# that the output of one that failed ends with what failed. One that failed unmounts what it left; one that succeeded has left nothing.
+# What the scripts here share; each reads it first, and runs in an empty directory of its own. They show each command they run,
+# so that the output of one that failed ends with what failed. One that failed unmounts what it left; one that succeeds leaves
+# nothing.
 
 get() { # NAME PATH: a control attribute's value
     getfattr --absolute-names --only-values -n "user.replfs.$1" "$2"
@@ -18,7 +19,7 @@ becomes() { # VALUE NAME PATH: the attribute has this value within 20 seconds
     done
 }
 
-refused() { # TEXT COMMAND...: the command fails, and says TEXT and no traceback; its exit status is in $status, what it said in said
+refused() { # TEXT COMMAND...: the command fails, with TEXT and no traceback; $status has its exit status, the file said its output
     wanted=$1
     shift
     status=0
@@ -43,8 +44,8 @@ crash() { # PROCESS MOUNTPOINT: kill it, and wait until all of it is gone and th
     done
 }
 
-unmount_all() {
-    awk -v under="$PWD/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | while read -r mount; do
+unmount_all() { # a, b and c are where the scripts mount
+    for mount in a b c; do
         fusermount3 -uz "$mount" || umount -l "$mount" || :
     done
 }

@@ -53,7 +53,9 @@ class PrimaryFilter(Node):
         except OSError as error:
             if self.forwarding and not self.sticky_error:
                 self.sticky_error = True
-                logger.warning("a write could not be forwarded, so the secondary's copy may differ from now on: %s", error)
+                logger.warning(
+                    "a change or flush could not be forwarded, so the secondary's copy may differ from now on: %s", error
+                )
 
     async def close(self) -> None:
         """The target is its owner's to close."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
-from replfs.block.node import Extent
+from replfs.block.node import Data, Extent
 from replfs.errors import printable
 from replfs.protocol.nbd import wire
 from replfs.protocol.nbd.wire import Fields, ProtocolError, Request
@@ -293,11 +293,11 @@ class Transmission:
         position = 0
         view = memoryview(data)
         if self._write is not None:
-            payload = self._write.data
-            assert isinstance(payload, bytearray)
-            position = self._write.length - len(payload)
-            payload += view[:position]
-            if len(payload) < self._write.length:
+            growing = self._write.data
+            assert isinstance(growing, bytearray)
+            position = self._write.length - len(growing)
+            growing += view[:position]
+            if len(growing) < self._write.length:
                 return requests
             requests.append(self._write)
             self._write = None
@@ -308,7 +308,7 @@ class Transmission:
         while not self.ended and end - position >= wire.REQUEST.size:
             magic, flags, kind, cookie, offset, length = wire.REQUEST.unpack_from(data, position)
             position += wire.REQUEST.size
-            payload_length = 0
+            payload: Data = b""  # not an empty view, which would keep all of what was received
             if magic != wire.NBD_REQUEST_MAGIC:
                 self._end(f"it sent {magic:#x} where a request begins")
                 break
@@ -323,9 +323,9 @@ class Transmission:
                     position = end
                     break
                 else:
-                    payload_length = length
-            requests.append(Request(flags, kind, cookie, offset, length, view[position : position + payload_length]))
-            position += payload_length
+                    payload = view[position : position + length]
+                    position += length
+            requests.append(Request(flags, kind, cookie, offset, length, payload))
         self._header = data[position:]
         return requests
 
