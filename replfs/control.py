@@ -14,7 +14,6 @@ from replfs.errors import ReplfsError, printable
 from replfs.volume.base import Volume
 
 PREFIX: Final = "user.replfs."
-_VALUE_LIMIT: Final = 256
 
 _READ: Final[dict[str, Callable[[Volume], Any]]] = {
     "mode": lambda volume: volume.config.mode,
@@ -41,8 +40,6 @@ async def put(volume: Volume, name: str, value: bytes) -> None:
     """Carry out the operation that an attribute stands for. Raises ReplfsError: EOPNOTSUPP no such control, EINVAL wrong value."""
     try:
         operation = _operation(name)
-        if len(value) > _VALUE_LIMIT:
-            raise ReplfsError(f"the value of {name} is longer than {_VALUE_LIMIT} bytes", errno.EINVAL)
         mode = _mode(value) if operation is Operation.START else None
     except ReplfsError as error:
         raise volume.failed(printable(name), error) from None
@@ -60,5 +57,5 @@ def _mode(value: bytes) -> Mode:
     try:
         return Mode(value.decode())
     except ValueError:
-        shown = printable(value.decode(errors="backslashreplace"), 40)
+        shown = printable(value[:100].decode(errors="backslashreplace"), 40)
         raise ReplfsError(f"start takes the value primary or secondary, not {shown!r}", errno.EINVAL) from None

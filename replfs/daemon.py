@@ -9,10 +9,8 @@ import errno
 import logging
 import logging.handlers
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +18,10 @@ import pyfuse3
 import trio
 
 from replfs.block.replication.rules import Mode
-from replfs.errors import InUse, ReplfsError, printable
+from replfs.errors import ReplfsError, printable
+from replfs.export import mount
 from replfs.export.fuse import FuseExport
+from replfs.export.watchdog import Watchdog
 from replfs.volume.base import Volume
 from replfs.volume.config import Config, MountConfig
 from replfs.volume.primary import PrimaryVolume
@@ -34,7 +34,7 @@ _LOG_FILE = "replfs.log"
 _LOG_BYTES = 1 << 20
 
 
-def run(config: Config, disk_format: str | None, mount: MountConfig, *, foreground: bool) -> None:
+def run(config: Config, disk_format: str | None, settings: MountConfig, *, foreground: bool) -> None:
     """Serve a volume until it ends. In the background, the calling process returns once the file can be used.
 
     Raises ReplfsError if it could not start, or could not end well.
@@ -44,10 +44,10 @@ def run(config: Config, disk_format: str | None, mount: MountConfig, *, foregrou
         logging.root.handlers[0].setLevel(logging.WARNING)
         logging.root.addHandler(_until_detached)
     if foreground:
-        trio.run(serve, config, disk_format, mount, lambda: None)
+        _serve(config, disk_format, settings, lambda: None)
     elif _fork():
         try:
-            trio.run(serve, config, disk_format, mount, lambda: _detach(config.state_dir))
+            _serve(config, disk_format, settings, lambda: _detach(config.state_dir))
         except ReplfsError as error:
             if _ready_pipe < 0:
                 logger.error("%s", error)
@@ -60,6 +60,14 @@ def run(config: Config, disk_format: str | None, mount: MountConfig, *, foregrou
         os._exit(0)
 
 
+def _serve(config: Config, disk_format: str | None, settings: MountConfig, on_ready: Callable[[], None]) -> None:
+    watchdog = Watchdog()
+    try:
+        trio.run(serve, config, disk_format, settings, watchdog, on_ready)
+    finally:
+        watchdog.dismiss()
+
+
 _until_detached = logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
 """Keeps for the log what is said before there is one."""
 
@@ -70,7 +78,8 @@ _ready_pipe = -1
 def _fork() -> bool:
     """Split off the daemon, in a session of its own: True there. Returns False in the calling process once it is ready.
 
-    Raises SystemExit in the calling process if the daemon ends instead, which has told why.
+    Raises SystemExit in the calling process if the daemon ends instead, which has told why, and KeyboardInterrupt when it is
+    interrupted, and has ended the daemon.
     """
     global _ready_pipe
     reader, _ready_pipe = os.pipe()
@@ -81,9 +90,16 @@ def _fork() -> bool:
         os.chdir("/")
         return True
     os.close(_ready_pipe)
-    if os.read(reader, 1):
-        return False
-    os.waitpid(child, 0)
+    try:
+        if os.read(reader, 1):
+            return False
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise ReplfsError(f"the daemon was killed by signal {os.WTERMSIG(status)} before the file could be used")
     raise SystemExit(1)
 
 
@@ -104,93 +120,88 @@ def _detach(state_dir: Path) -> None:
     _ready_pipe = -1
 
 
-async def serve(config: Config, disk_format: str | None, mount: MountConfig, on_ready: Callable[[], None]) -> None:
+async def serve(
+    config: Config, disk_format: str | None, settings: MountConfig, watchdog: Watchdog, on_ready: Callable[[], None]
+) -> None:
     """Open, mount, serve, close. Raises ReplfsError."""
-    _check_mountpoint(config.mountpoint)
+    mount.check(config)
     volume = _VOLUMES[config.mode](config, disk_format)
-    begun = False
-    failure: ReplfsError | None = None
+    service = _Service(volume, config, settings, watchdog, on_ready)
     async with trio.open_nursery() as background:
-        try:
-            await volume.connect(background)
-            export = FuseExport(volume, mount)
-            _mount(export, config, mount)
-            unmount = False
-            try:
-                try:
-                    await volume.begin(background)
-                except ReplfsError:
-                    unmount = True
-                    raise
-                except OSError as error:
-                    unmount = True
-                    where = printable(str(error.filename or config.state_dir))
-                    raise ReplfsError(f"cannot start: {where}: {error.strerror}", error.errno or errno.EIO) from error
-                begun = True
-                volume.drop_cache = export.drop_cache
-                on_ready()
-                background.start_soon(_end_on_signal, volume)
-                await pyfuse3.main()
-                await volume.settle()
-                unmount = True
-            finally:
-                pyfuse3.close(unmount=unmount)
-        except ReplfsError as error:
-            failure = error
+        await background.start(service.end_on_signal)
+        await service.run(background)
         background.cancel_scope.cancel()
-    if begun:
+    if service.begun:
         await volume.close()
         logger.info("ended: the stage is %s, the generation %d", volume.state.stage, volume.state.generation)
     else:
         await volume.abandon()
-    if failure is not None:
-        raise failure
+    if service.failure is not None:
+        raise service.failure
 
 
-async def _end_on_signal(volume: Volume) -> None:
-    """SIGTERM and SIGINT end the service, but never during a control operation: it may need the kernel's requests served."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            await volume.settle()
-            pyfuse3.terminate()
-            return
+class _Service:
+    """From the connection to the end of the mount."""
 
+    def __init__(
+        self, volume: Volume, config: Config, settings: MountConfig, watchdog: Watchdog, on_ready: Callable[[], None]
+    ) -> None:
+        self.begun = False
+        self.failure: ReplfsError | None = None
+        self._volume = volume
+        self._config = config
+        self._export = FuseExport(volume, settings)
+        self._settings = settings
+        self._watchdog = watchdog
+        self._on_ready = on_ready
+        self._beginning = trio.CancelScope()
 
-def _check_mountpoint(path: Path) -> None:
-    shown = printable(str(path))
-    try:
-        if not path.is_dir():
-            os.stat(path)
-            raise ReplfsError(f"the mount point {shown} is not a directory", errno.ENOTDIR)
-        if os.path.ismount(path):
-            os.statvfs(path)  # unlike stat it is never answered from the kernel's cache: ENOTCONN if the mount is dead
-            raise InUse(f"the mount point {shown} is busy: something is mounted there already")
-    except OSError as error:
-        dead = ": what was mounted there is dead, unmount it first with umount" if error.errno == errno.ENOTCONN else ""
-        raise ReplfsError(f"cannot use the mount point {shown}: {error.strerror}{dead}", error.errno or errno.EIO) from error
-    if not os.path.exists("/dev/fuse"):
-        raise ReplfsError("there is no /dev/fuse: load the fuse module, or give this container the device", errno.ENOENT)
-    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
-        raise ReplfsError(
-            "there is no fusermount3, which an ordinary user needs for mounting: install the package fuse3", errno.ENOENT
-        )
-
-
-def _mount(export: FuseExport, config: Config, mount: MountConfig) -> None:
-    """Mount, with what libfuse and fusermount3 print turned into one line. Raises ReplfsError."""
-    source = str(config.disk).replace("\\", "\\\\").replace(",", "\\,")
-    options = {*pyfuse3.default_options, *mount.options, f"fsname={source}", "subtype=replfs"}
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    async def run(self, background: trio.Nursery) -> None:
+        """Until the unmount or a signal. What a person is to be told is in ``failure`` afterwards."""
+        mounted = False
         try:
-            pyfuse3.init(export, str(config.mountpoint), options)
-        except RuntimeError as error:
-            said.seek(0)
-            lines = said.read(4096).decode(errors="replace").split("\n")
-            why = "; ".join(printable(line) for line in lines if line) or str(error)
-            raise ReplfsError(f"cannot mount at {printable(str(config.mountpoint))}: {why}") from error
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            with self._beginning:
+                await self._volume.connect(background)
+                mount.mount(self._export, self._config, self._settings)
+                mounted = True
+                self._watchdog.guard(self._config.mountpoint)
+                await self._volume.begin(background)
+                self._volume.drop_cache = self._export.drop_cache
+                self._on_ready()
+                self.begun = True
+            if self.begun:
+                await pyfuse3.main()
+                await self._volume.settle()
+            else:
+                self.failure = ReplfsError("interrupted before the file could be used", errno.EINTR)
+        except ReplfsError as error:
+            self.failure = error
+        except OSError as error:
+            where = printable(str(error.filename or self._config.state_dir))
+            self.failure = ReplfsError(f"cannot start: {where}: {error.strerror}", error.errno or errno.EIO)
+        except BaseException:
+            if mounted:
+                pyfuse3.close(unmount=False)
+            raise
+        if mounted:
+            pyfuse3.close(unmount=True)
+
+    async def end_on_signal(self, task_status: trio.TaskStatus[None]) -> None:
+        """SIGTERM and SIGINT: give the start up, or end the service, but never during a control operation.
+
+        That may need the kernel's requests served. So does having the kernel write back what mappings have changed.
+        """
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for _ in signals:
+                if not self.begun:
+                    self._beginning.cancel()
+                    continue
+                async with self._volume.control_lock:
+                    try:
+                        await self._volume.drop_cache()
+                    except OSError as error:
+                        logger.warning("what mappings have changed could not be written back: %s", error)
+                await self._volume.settle()
+                pyfuse3.terminate()
+                return

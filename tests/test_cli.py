@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -88,6 +89,50 @@ def test_a_mount_point_that_cannot_be_used(place: Path, what: str) -> None:
         done = replfs("secondary", place / "good.raw", "/proc", "--listen", f"unix:{place}/s", check=False)
         assert (done.returncode, "/proc is busy" in done.stderr) == (1, True)
         assert not (place / "good.raw.replfs").exists()
+
+
+@pytest.mark.parametrize("what", ["disk", "state directory", "socket"])
+def test_nothing_that_is_needed_lies_under_the_mount_point(place: Path, what: str) -> None:
+    (place / "mnt" / "in.raw").write_bytes(bytes(MIB))
+    words: tuple[str | Path, ...] = {
+        "disk": (place / "mnt" / "in.raw", place / "mnt", "--state-dir", place / "state"),
+        "state directory": (place / "good.raw", place / "mnt", "--state-dir", place / "mnt" / "state"),
+        "socket": (place / "good.raw", place / "mnt", "--listen", f"unix:{place}/mnt/s"),
+    }[what]
+    assert f"the {what} {place}/mnt/" in refused(place, *words)
+
+
+def test_a_name_that_is_not_utf_8(place: Path) -> None:
+    assert "is not UTF-8" in refused(place, place / "good.raw", place / "mnt", "--name", os.fsdecode(b"n\xff"), status=2)
+
+
+@pytest.mark.parametrize("foreground", [True, False])
+def test_a_start_that_is_interrupted(place: Path, foreground: bool) -> None:
+    """While it waits for a server that says nothing. What runs in the background then ends too."""
+    before = tree(place)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(place / "silent"))
+        silent.listen()
+        words = [
+            REPLFS,
+            "primary",
+            str(place / "good.raw"),
+            str(place / "mnt"),
+            "--target",
+            f"nbd+unix:///disk?socket={place}/silent",
+        ]
+        with subprocess.Popen(words + ["-f"] * foreground, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = silent.accept()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+            with connection:
+                connection.settimeout(60)
+                assert connection.recv(100) == b""  # whoever had connected is gone
+    assert process.returncode != 0
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    (place / "silent").unlink()
+    assert tree(place) == before
 
 
 def test_a_listen_address_in_use(place: Path) -> None:
@@ -301,3 +346,11 @@ def test_it_works_with_no_standard_streams_at_all(sides: Sides) -> None:
     far.set("checkpoint")
     assert far.get("generation") == "1"
     far.umount()
+
+
+def test_the_port_that_the_kernel_picked_is_told(sides: Sides) -> None:
+    far = sides.make("secondary", MIB, "--listen", "127.0.0.1:0")
+    far.mount()
+    host, _, port = far.status()["listen"].rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        assert connection.recv(8) == b"NBDMAGIC"

@@ -36,6 +36,26 @@ for line in sys.stdin:
 """
 
 
+DIRTIER = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file:
+    mapping = mmap.mmap(file.fileno(), 0)
+mapping[0] = 1
+print("ready", flush=True)
+while True:
+    for page in range(0, len(mapping), 4096):
+        mapping[page] = (mapping[page] + 1) % 256
+"""
+
+CHECKPOINTS = """
+import os, sys
+for i in range(1000000):
+    os.setxattr(sys.argv[1], "user.replfs.checkpoint", b"1")
+    if i == 2:
+        print("ready", flush=True)
+"""
+
+
 class Mapper:
     """Another process that has the file mapped."""
 
@@ -280,10 +300,20 @@ def test_an_ordinary_user_mounts_his_own_disk() -> None:
         shutil.rmtree(folder)
 
 
-def test_a_read_only_mount(sides: Sides) -> None:
+def test_a_read_only_mount_is_controlled_all_the_same(sides: Sides) -> None:
     far = sides.secondary(MIB, "-o", "ro")
     assert error_of(os.open, far.file, os.O_RDWR) == errno.EROFS
+    far.set("checkpoint")
     assert same(far.content(), bytes(MIB))
+
+
+def test_names_beyond_ascii(sides: Sides) -> None:
+    disk = sides.folder / "Müller, größer.raw"
+    disk.write_bytes(bytes(MIB))
+    far = sides.secondary(disk, "--name", "Überblick.img")
+    assert os.listdir(far.point) == ["Überblick.img"]
+    assert far.status()["disk"]["path"] == str(disk)
+    assert "Überblick.img" in replfs("status", far.point).stdout
 
 
 def test_a_pair_through_checkpoints_and_a_failover_under_load(sides: Sides) -> None:
@@ -365,6 +395,63 @@ def assert_no_error(image: Path) -> None:
     """Clusters may be leaked, which is exit status 3, but nothing is wrong."""
     checked = run("qemu-img", "check", image, check=False)
     assert checked.returncode in (0, 3), checked.stdout + checked.stderr
+
+
+def test_overlays_that_have_taken_all_the_room_can_still_be_dropped_or_committed(sides: Sides) -> None:
+    room = sides.folder / "room"
+    room.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", room)
+    try:
+        far = sides.secondary(SIZE, "--state-dir", room / "state")
+        for operation in ("checkpoint", "failover"):
+            filled = run(
+                "dd", "if=/dev/urandom", f"of={far.file}", "bs=64k", "count=64", "conv=notrunc", "status=none", check=False
+            )
+            assert "No space left on device" in filled.stderr
+            run("dd", "if=/dev/zero", f"of={room}/other", "bs=1k", check=False)
+            view = far.content()
+            far.set(operation)
+            (room / "other").unlink()
+            if operation == "checkpoint":
+                assert same(far.content(), bytes(SIZE))
+        far.until_stage("done")
+        assert same(far.content(), view)
+        far.umount()
+        assert same(far.disk.read_bytes(), view)
+    finally:
+        run("umount", "-l", room)
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_daemon_killed_in_a_checkpoint_under_a_changing_mapping_leaves_nobody_hanging(sides: Sides, attempt: int) -> None:
+    """The kernel would wait for the dead process's own pages: the watchdog ends that."""
+    far = sides.secondary(SIZE)
+    writer = subprocess.Popen([sys.executable, "-c", DIRTIER, str(far.file)], stdout=subprocess.PIPE)
+    checkpoints = subprocess.Popen([sys.executable, "-c", CHECKPOINTS, str(far.point)], stdout=subprocess.PIPE)
+    try:
+        for process in (writer, checkpoints):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        far.signal(signal.SIGKILL)
+        with pytest.raises(OSError, match=r"Transport endpoint|connection abort"):
+            wait_for(lambda: os.statvfs(far.point) is None, "the death of the mount")
+    finally:
+        for process in (writer, checkpoints):
+            process.kill()
+            process.communicate(timeout=SECONDS)
+    run("umount", far.point)
+    far.mount()
+    far.set("checkpoint")
+    assert same(far.content(), far.disk.read_bytes())
+
+
+def test_what_mappings_have_changed_outlives_a_sigterm(sides: Sides) -> None:
+    far = sides.secondary(SIZE)
+    with mapped(far.file) as mapping:
+        mapping.ask("write", 5000, 3000, 7)
+        far.signal(signal.SIGTERM)
+    far.mount()
+    assert far.content()[5000:8000] == b"\7" * 3000
 
 
 def test_a_killed_daemon_leaves_a_dead_mount_that_umount_removes(sides: Sides) -> None:

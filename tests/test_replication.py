@@ -460,7 +460,7 @@ async def test_a_stopped_secondary_mounts_again_as_it_was(tmp_path: Path) -> Non
     async with secondary(tmp_path, bytes(IMAGE), stop_on_unmount=True) as far:
         await far.exported.write(0, b"theirs")
         await far.view.write(0, b"ours")
-    assert sorted(os.listdir(tmp_path / "secondary.raw.replfs")) == ["state.json"]
+    assert sorted(os.listdir(tmp_path / "secondary.raw.replfs")) == ["state.json", "state.json.new"]
     async with secondary(tmp_path) as far:
         assert far.state.stage is Stage.DONE
         assert bytes(await far.view.read(0, 6)) == b"theirs"
@@ -476,7 +476,7 @@ async def test_a_clean_unmount_and_mount_resumes_the_very_view(tmp_path: Path) -
         await far.view.write(3 * CLUSTER, b"ours" * 1000)
         view, generation = await content(far), far.state.generation
     folder = tmp_path / "secondary.raw.replfs"
-    assert sorted(os.listdir(folder)) == ["active.1.qcow2", "hidden.1.qcow2", "state.json"]
+    assert sorted(os.listdir(folder)) == ["active.1.qcow2", "hidden.1.qcow2", "state.json", "state.json.new"]
     for name in ("active", "hidden"):
         assert_sound(folder / f"{name}.1.qcow2")
     (tmp_path / "view").write_bytes(view)
@@ -523,6 +523,7 @@ async def test_a_failed_checkpoint_leaves_the_old_one_and_can_be_tried_again(tmp
         await far.view.write(CLUSTER, b"ours")
         view = await content(far)
         new = tmp_path / "secondary.raw.replfs" / "state.json.new"
+        new.unlink()
         new.mkdir()  # the next state cannot be written
         assert "cannot save the state" in await outcome(far, Operation.CHECKPOINT)
         assert far.state.generation == 0
@@ -537,6 +538,7 @@ async def test_a_failed_checkpoint_leaves_the_old_one_and_can_be_tried_again(tmp
 async def test_a_start_can_fail_and_be_repeated(tmp_path: Path) -> None:
     async with secondary(tmp_path, bytes(IMAGE), start=False) as far:
         new = tmp_path / "secondary.raw.replfs" / "state.json.new"
+        new.unlink()
         new.mkdir()
         for _ in range(3):
             assert "cannot save the state" in await outcome(far, Operation.START)
@@ -554,9 +556,14 @@ async def test_checkpoints_leave_one_pair_and_a_spare(tmp_path: Path) -> None:
             await checkpoint(far)
             assert same(await content(far), on_disk(far))
         with trio.fail_after(60):
-            while len(os.listdir(tmp_path / "secondary.raw.replfs")) != 5:
+            while len(os.listdir(tmp_path / "secondary.raw.replfs")) != 6:
                 await trio.lowlevel.checkpoint()
-    assert sorted(os.listdir(tmp_path / "secondary.raw.replfs")) == ["active.5.qcow2", "hidden.5.qcow2", "state.json"]
+    assert sorted(os.listdir(tmp_path / "secondary.raw.replfs")) == [
+        "active.5.qcow2",
+        "hidden.5.qcow2",
+        "state.json",
+        "state.json.new",
+    ]
 
 
 async def test_the_old_primary_is_fenced(tmp_path: Path) -> None:

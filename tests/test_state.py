@@ -54,6 +54,17 @@ def test_a_short_write_is_no_success(directory: StateDirectory, monkeypatch: pyt
     assert directory.load() == OLD
 
 
+def test_a_state_whose_successor_finds_no_room_is_saved_all_the_same(
+    directory: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    directory.save(NEW)
+    assert directory.load() == NEW
+
+
 def test_a_state_that_stands_but_is_not_durable_is_told_so(directory: StateDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -73,7 +84,14 @@ def test_leftovers_are_overlays_and_nothing_else(directory: StateDirectory) -> N
     for name in ("active.4.qcow2", "hidden.4.qcow2", "active.5.qcow2", "hidden.3.qcow2", "notes.txt", "active.x.qcow2"):
         (directory.path / name).touch()
     directory.remove_leftovers(4)
-    assert sorted(os.listdir(directory.path)) == ["active.4.qcow2", "active.x.qcow2", "hidden.4.qcow2", "notes.txt", "state.json"]
+    assert sorted(os.listdir(directory.path)) == [
+        "active.4.qcow2",
+        "active.x.qcow2",
+        "hidden.4.qcow2",
+        "notes.txt",
+        "state.json",
+        "state.json.new",
+    ]
 
 
 def test_only_what_was_made_here_is_undone(tmp_path: Path, directory: StateDirectory) -> None:

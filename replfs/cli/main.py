@@ -280,6 +280,9 @@ def _serve(
     from replfs import daemon  # with pyfuse3, which control commands can do without
 
     options = _options(fuse_options)
+    for text in (disk, mountpoint, name, state_dir or "", str(side.get("listen", ""))):
+        if any("\udc80" <= character <= "\udcff" for character in text):
+            raise click.UsageError(f"{text!r} is not UTF-8, which the status could not show", click.get_current_context())
     path = resolve(disk)
     if state_dir is None:
         if path.is_block_device():

@@ -33,7 +33,10 @@ class PrimaryVolume(Volume):
     async def connect(self, nursery: trio.Nursery) -> None:
         self._background = nursery
         if self.config.start and self.state.stage in (Stage.NONE, Stage.RUNNING):
-            await self._connect()
+            try:
+                await self._connect()
+            except ReplfsError as error:
+                raise ReplfsError(f"{error} (with --no-start the disk is mounted without it)", error.errno) from error
 
     async def _connect(self) -> None:
         """Have a link to the secondary, a new one if there is none that works. Raises ReplfsError."""

@@ -40,12 +40,14 @@ class SecondaryVolume(Volume):
         self.view = SecondaryFilter(self.disk, self.gate)
         self.exported = CopyBeforeWrite(self.disk, self.gate)
         self.server = NbdServer(self.exported, config.export)
+        self.address = config.listen
+        """Where the server listens: what was asked for, with the port that the kernel picked if that was to be 0."""
         self._spare: Layers | None = None
         self._background: trio.Nursery | None = None
 
     async def connect(self, nursery: trio.Nursery) -> None:
         assert self.config.listen is not None
-        await self.server.listen(self.config.listen)
+        self.address = await self.server.listen(self.config.listen)
 
     async def begin(self, nursery: trio.Nursery) -> None:
         stage = self.state.stage
@@ -247,7 +249,7 @@ class SecondaryVolume(Volume):
     def _side_status(self) -> dict[str, Any]:
         layers = self.view.layers
         status: dict[str, Any] = {
-            "listen": str(self.config.listen),
+            "listen": str(self.address),
             "export": self.config.export,
             "connections": self.server.connections,
             "overlays": {

@@ -5,6 +5,7 @@ says which pair of overlays counts (active.N.qcow2, hidden.N.qcow2), and any oth
 The directory is locked by the process that uses it.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -23,6 +24,7 @@ _FILE: Final = "state.json"
 _NEW: Final = "state.json.new"
 _OVERLAY: Final = re.compile(r"(active|hidden)\.\d+\.qcow2")
 _LIMIT: Final = 1 << 20
+_BLOCK: Final = 4096
 
 
 class DiskIdentity(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -130,12 +132,14 @@ class StateDirectory:
         making that durable failed.
         """
         new = self.path / _NEW
+        data = msgspec.json.format(msgspec.json.encode(state))
+        data = data.ljust(len(data) + _BLOCK - len(data) % _BLOCK, b"\n")
         try:
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                data = msgspec.json.format(msgspec.json.encode(state)) + b"\n"
                 if os.write(fd, data) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.ftruncate(fd, len(data))
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -150,6 +154,20 @@ class StateDirectory:
             raise NotDurable(
                 f"cannot make {printable(str(self.path))} durable: {error.strerror}", error.errno or errno.EIO
             ) from error
+        finally:
+            self._reserve(len(data))
+
+    def _reserve(self, length: int) -> None:
+        """Have room for the next state: a checkpoint or a failover must not fail because the overlays have taken all there was.
+
+        Where that fails, the next save has to find room when it comes.
+        """
+        with contextlib.suppress(OSError):
+            fd = os.open(self.path / _NEW, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, length)
+            finally:
+                os.close(fd)
 
     def sync(self) -> None:
         """Put the directory's entries on stable storage. Raises OSError."""

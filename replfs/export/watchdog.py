@@ -1,0 +1,83 @@
+"""What frees a mount whose process was killed at the wrong moment.
+
+When a process ends, its /dev/fuse is closed, and the kernel fails every request on the mount with ENOTCONN. But during a checkpoint
+a thread of it may be inside the kernel, waiting for a page that only the process itself could have written back. Killed there,
+it keeps /dev/fuse open for ever, and whoever touches the mount hangs with it. So a small process without that file watches, and
+aborts the connection when the main thread of the daemon dies.
+
+It does so through the FUSE control file system, where that is mounted, or, as root, through a forced unmount of a mount that it
+keeps busy: which aborts the connection and leaves the mount where it is, dead.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Final
+
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+_MNT_FORCE: Final = 1  # umount(2)
+_DEATH: Final = signal.SIGUSR1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Watchdog:
+    """Made before anything that it must not keep open: it is a fork of the process that it watches, which has one thread yet."""
+
+    def __init__(self) -> None:
+        reader, self._writer = os.pipe()
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                _watch(reader, parent)
+            finally:
+                os._exit(0)
+        os.close(reader)
+
+    def guard(self, mountpoint: Path) -> None:
+        """The mount is there now; this is the one to abort."""
+        for device, path in _mounts():
+            if path == os.fsencode(mountpoint):
+                found = device
+        os.write(self._writer, found)
+
+    def dismiss(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._writer)
+
+
+def _watch(reader: int, parent: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    _libc.prctl(_PR_SET_PDEATHSIG, _DEATH)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.closerange(3, reader)
+    os.closerange(reader + 1, os.sysconf("SC_OPEN_MAX"))
+    device = os.read(reader, 64)
+    if device and os.getppid() == parent:
+        signal.sigwait({_DEATH})
+    for mounted, path in _mounts():
+        if mounted == device:
+            _abort(device.split(b":")[1].decode(), path)
+
+
+def _abort(minor: str, path: bytes) -> None:
+    try:
+        Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
+    except OSError:
+        with contextlib.suppress(OSError):
+            busy = os.open(path, os.O_PATH)
+            _libc.umount2(path, _MNT_FORCE)
+            os.close(busy)
+
+
+def _mounts() -> list[tuple[bytes, bytes]]:
+    """The device number (major:minor) and the path of every mount, as in proc(5), mountinfo."""
+    fields = (line.split(b" ") for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
+    return [(field[2], re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), field[4])) for field in fields]
