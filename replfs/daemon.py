@@ -140,6 +140,14 @@ async def serve(
         raise service.failure
 
 
+async def _serve_mount() -> None:
+    """Until the unmount, also a forced one."""
+    try:
+        await pyfuse3.main()
+    except* ConnectionAbortedError:
+        logger.warning("the mount was aborted, by umount -f or the like: the service ends")
+
+
 class _Service:
     """From the connection to the end of the mount."""
 
@@ -170,7 +178,7 @@ class _Service:
                 self._on_ready()
                 self.begun = True
             if self.begun:
-                await pyfuse3.main()
+                await _serve_mount()
                 await self._volume.settle()
             else:
                 self.failure = ReplfsError("interrupted before the file could be used", errno.EINTR)

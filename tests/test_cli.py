@@ -290,6 +290,12 @@ def test_control_of_what_is_no_mount(tmp_path: Path, command: str) -> None:
         assert done.stderr.startswith("replfs: error: ")
 
 
+def test_no_command_at_all() -> None:
+    done = replfs(check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: replfs")
+
+
 @pytest.mark.parametrize(
     "command", [(), *((name,) for name in ("primary", "secondary", "status", "start", "checkpoint", "failover", "stop"))]
 )

@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -462,6 +463,24 @@ def test_a_killed_daemon_leaves_a_dead_mount_that_umount_removes(sides: Sides) -
     assert "is dead" in replfs("secondary", far.disk, far.point, check=False).stderr
     replfs("umount", far.point)
     assert os.listdir(far.point) == []
+
+
+def test_a_forced_unmount_ends_the_service_in_good_order(sides: Sides) -> None:
+    far = sides.secondary(SIZE)
+    far.expected = ["the mount was aborted", "fuse_reply_", "checkpoint failed"]
+    with far.file.open("r+b") as file:
+        file.write(b"kept" * 1000)
+    process = os.pidfd_open(far.pid)
+    with suppress(OSError), opened(far.file, os.O_RDONLY):
+        run("umount", "-f", far.point, check=False)  # busy, but the connection is aborted
+    run("umount", "-l", far.point, check=False)
+    ended, _, _ = select.select([process], [], [], SECONDS)
+    os.close(process)
+    far.pid = 0
+    assert ended
+    assert "ended: the stage is running" in (far.state_dir / "replfs.log").read_text()
+    far.mount()
+    assert far.content()[:4000] == b"kept" * 1000
 
 
 def test_a_busy_mount_is_not_unmounted(sides: Sides) -> None:

@@ -154,7 +154,7 @@ def uri(address: Address, export: str = "disk") -> str:
 async def test_nbdinfo_sees_what_the_server_offers(address: UnixAddress) -> None:
     node = Memory()
     async with serving(node, address):
-        seen = json.loads(await run("nbdinfo", "--json", uri(address)))
+        seen = json.loads(await run("nbdinfo", "--no-content", "--json", uri(address)))
         assert seen["protocol"] == "newstyle-fixed"
         assert seen["structured"] is True
         [export] = seen["exports"]
@@ -163,9 +163,11 @@ async def test_nbdinfo_sees_what_the_server_offers(address: UnixAddress) -> None
         assert export["contexts"] == ["base:allocation"]
         offered = {name for name, value in export.items() if value is True}
         assert offered == {"can_df", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"}
-        listed = json.loads(await run("nbdinfo", "--list", "--json", uri(address, "")))
+        listed = json.loads(await run("nbdinfo", "--no-content", "--list", "--json", uri(address, "")))
         assert [export["export-name"] for export in listed["exports"]] == ["disk"]
-        assert "No such file or directory for export: other" in await run("nbdinfo", uri(address, "other"), status=1)
+        assert "No such file or directory for export: other" in await run(
+            "nbdinfo", "--no-content", uri(address, "other"), status=1
+        )
 
 
 async def test_nbdinfo_shows_the_map(address: UnixAddress) -> None:

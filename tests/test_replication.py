@@ -428,7 +428,7 @@ async def test_every_forwarded_change_saves_what_it_overwrites(tmp_path: Path, c
         assert same(await content(far), on_disk(far))
 
 
-async def test_a_pre_image_that_cannot_be_saved_fails_the_forwarded_write(tmp_path: Path) -> None:
+async def test_a_pre_image_that_cannot_be_saved_fails_the_forwarded_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = os.urandom(IMAGE)
     async with secondary(tmp_path, before) as far:
         assert far.exported.hidden is not None
@@ -441,6 +441,9 @@ async def test_a_pre_image_that_cannot_be_saved_fails_the_forwarded_write(tmp_pa
         await raises(errno.ENOSPC, far.exported.write(100, b"n" * 100))
         await raises(errno.ENOSPC, far.exported.write_zeroes(100, 100))
         assert same(on_disk(far), before)
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "a forwarded write failed, so this side's disk is not what the primary's is: [Errno 28] No space left on device"
+        ]
         far.exported.hidden.populate = plain  # type: ignore[method-assign]
         await far.exported.write(100, b"n" * 100)
         assert same(await content(far), before)

@@ -8,11 +8,16 @@ every request passes the volume's gate, so that ``hidden`` changes only while no
 """
 
 import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from replfs.block.locks import Gate, RangeLocks
 from replfs.block.node import Data, Extent, Node
 from replfs.block.qcow2.header import SUBCLUSTER
 from replfs.block.qcow2.image import Image
+
+logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 20
 
@@ -26,6 +31,7 @@ class CopyBeforeWrite(Node):
         """Set when the secondary has taken over: every change is refused from then on."""
         self._gate = gate
         self._locks = RangeLocks()
+        self._reported: Image | None = None  # the hidden disk of the checkpoint whose first failure has been logged
 
     async def _save(self, start: int, stop: int) -> None:
         """Populate the hidden disk; the caller holds the range, in whole subclusters."""
@@ -34,6 +40,17 @@ class CopyBeforeWrite(Node):
         if self.hidden is not None:
             for first, last in self.hidden.missing(start, stop):
                 self.hidden.populate(first, await self.disk.read(first, last - first))
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """A forwarded change that fails is the primary's to act on, but whoever reads only this side's log is to know of it."""
+        try:
+            yield
+        except OSError as error:
+            if not self.fenced and (self._reported is None or self._reported is not self.hidden):
+                self._reported = self.hidden
+                logger.warning("a forwarded write failed, so this side's disk is not what the primary's is: %s", error)
+            raise
 
     def _whole(self, offset: int, length: int) -> tuple[int, int]:
         stop = offset + length
@@ -46,8 +63,9 @@ class CopyBeforeWrite(Node):
     async def write(self, offset: int, data: Data) -> None:
         start, stop = self._whole(offset, len(data))
         async with self._gate, self._locks.hold(start, stop):
-            await self._save(start, stop)
-            await self.disk.write(offset, data)
+            with self._reporting():
+                await self._save(start, stop)
+                await self.disk.write(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
         """In pieces, so that a large range neither needs its pre-image in memory at once nor keeps the gate open for long."""
@@ -55,8 +73,9 @@ class CopyBeforeWrite(Node):
             piece = min(length, _PIECE - offset % _PIECE)
             start, stop = self._whole(offset, piece)
             async with self._gate, self._locks.hold(start, stop):
-                await self._save(start, stop)
-                await self.disk.write_zeroes(offset, piece, may_unmap)
+                with self._reporting():
+                    await self._save(start, stop)
+                    await self.disk.write_zeroes(offset, piece, may_unmap)
             offset += piece
             length -= piece
 
@@ -65,8 +84,9 @@ class CopyBeforeWrite(Node):
             piece = min(length, _PIECE - offset % _PIECE)
             start, stop = self._whole(offset, piece)
             async with self._gate, self._locks.hold(start, stop):
-                await self._save(start, stop)
-                await self.disk.discard(offset, piece)
+                with self._reporting():
+                    await self._save(start, stop)
+                    await self.disk.discard(offset, piece)
             offset += piece
             length -= piece
 

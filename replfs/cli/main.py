@@ -44,6 +44,9 @@ def main() -> NoReturn:
         _commands.main(prog_name="replfs", standalone_mode=False)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help() if error.ctx else "", file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "replfs"
         message = error.format_message().replace("\n", " ").rstrip(".")
@@ -99,8 +102,10 @@ class _Parsed(click.ParamType[Any]):
             return value
         try:
             return self._parse(value)
-        except (ReplfsError, ValueError, KeyError) as error:
-            self.fail(str(error).strip("'\""), param, ctx)
+        except (ReplfsError, ValueError) as error:
+            self.fail(str(error), param, ctx)
+        except KeyError:
+            self.fail(f"there is no {self.name} {value!r}", param, ctx)
 
 
 def _file_name(text: str) -> str:
@@ -157,7 +162,7 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--state-dir",
                 metavar="DIR",
-                help="Where the overlays and the volume's state live. They can grow to the size of the disk."
+                help="Where the volume's state lives, and a secondary's two overlays; each can grow to the size of the disk."
                 " Default: DISK.replfs; a block device needs it named.",
             ),
             click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and log to standard error."),
@@ -181,7 +186,8 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--no-start",
                 is_flag=True,
                 help="Mount with stage none. A secondary that was running forgets its overlays, and with them what its own machine"
-                " wrote since the last checkpoint. Default: start, or resume what was going on at the last unmount.",
+                " wrote since the last checkpoint; a primary does not forward, and forgets its error: make the copies equal before"
+                " the next start. Default: start, or resume what was going on at the last unmount.",
             ),
             click.option(
                 "--stop-on-unmount",
