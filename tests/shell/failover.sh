@@ -61,4 +61,4 @@ is done stage b
 cmp b/disk.img expected.raw
 replfs umount b
 cmp b.raw expected.raw
-[ "$(ls b.raw.replfs)" = "$(printf 'replfs.log\nstate.json')" ]
+[ "$(ls b.raw.replfs)" = "$(printf 'replfs.log\nstate.json\nstate.json.new')" ]
