@@ -184,13 +184,13 @@ class _Service:
                 self.failure = ReplfsError("interrupted before the file could be used", errno.EINTR)
         except ReplfsError as error:
             self.failure = error
-        except OSError as error:
+        except BaseException as error:
+            if self.begun or not isinstance(error, OSError):
+                if mounted:
+                    pyfuse3.close(unmount=False)
+                raise
             where = printable(str(error.filename or self._config.state_dir))
             self.failure = ReplfsError(f"cannot start: {where}: {error.strerror}", error.errno or errno.EIO)
-        except BaseException:
-            if mounted:
-                pyfuse3.close(unmount=False)
-            raise
         if mounted:
             pyfuse3.close(unmount=True)
 
