@@ -102,6 +102,17 @@ def test_nothing_that_is_needed_lies_under_the_mount_point(place: Path, what: st
     assert f"the {what} {place}/mnt/" in refused(place, *words)
 
 
+def test_a_machine_without_fuse(place: Path) -> None:
+    before = tree(place)
+    nodes = "mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+    command = f'{nodes} && exec "$@"'
+    words = (REPLFS, "secondary", place / "good.raw", place / "mnt", "--listen", f"unix:{place}/s")
+    done = run("unshare", "--mount", "sh", "-c", command, "sh", *words, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "there is no /dev/fuse" in done.stderr
+    assert tree(place) == before
+
+
 def test_a_name_that_is_not_utf_8(place: Path) -> None:
     assert "is not UTF-8" in refused(place, place / "good.raw", place / "mnt", "--name", os.fsdecode(b"n\xff"), status=2)
 

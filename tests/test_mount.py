@@ -1,6 +1,7 @@
 """The mounted file, used as programs use a disk image, and both sides through it."""
 
 import errno
+import json
 import mmap
 import os
 import random
@@ -179,6 +180,10 @@ def test_random_reads_and_writes_of_any_size_are_a_file(sides: Sides) -> None:
     padded.write_bytes(bytes(model).ljust(len(model) + -len(model) % 512, b"\0"))
     active = far.status()["overlays"]["active"]["path"]
     assert "identical" in qemu_img("compare", "-U", "-f", "qcow2", "-F", "raw", active, padded)
+    assert "No errors were found" in qemu_img("check", "-U", active)
+    assert active in qemu_img("map", "-U", active)
+    chain = json.loads(qemu_img("info", "-U", "--backing-chain", "--output=json", active))
+    assert [Path(link["filename"]).name for link in chain] == ["active.0.qcow2", "hidden.0.qcow2", "secondary.raw"]
     far.umount()
     assert_sound(Path(active))
     assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", active, padded)
@@ -289,7 +294,12 @@ def test_an_ordinary_user_mounts_his_own_disk() -> None:
         def as_user(*arguments: str) -> subprocess.CompletedProcess[str]:
             return run(sys.executable, "-c", program, *arguments, cwd="/")
 
-        as_user("secondary", f"{folder}/d.raw", f"{folder}/mnt", "--listen", f"unix:{folder}/s")
+        words = ("secondary", f"{folder}/d.raw", f"{folder}/mnt", "--listen", f"unix:{folder}/s")
+        without = run(sys.executable, "-c", program, *words, cwd="/", env={**os.environ, "PATH": "/nonexistent"}, check=False)
+        assert (without.returncode, without.stderr.count("\n")) == (1, 1)
+        assert "there is no fusermount3" in without.stderr
+        assert sorted(os.listdir(folder)) == ["d.raw", "mnt"]
+        as_user(*words)
         as_user("checkpoint", f"{folder}/mnt")
         assert "generation: 1" in as_user("status", f"{folder}/mnt").stdout
         as_user("umount", f"{folder}/mnt")
