@@ -115,6 +115,9 @@ def test_a_machine_without_fuse(place: Path) -> None:
 
 def test_a_name_that_is_not_utf_8(place: Path) -> None:
     assert "is not UTF-8" in refused(place, place / "good.raw", place / "mnt", "--name", os.fsdecode(b"n\xff"), status=2)
+    (place / os.fsdecode(b"d\xff")).write_bytes(bytes(MIB))
+    (place / "link.raw").symlink_to(os.fsdecode(b"d\xff"))
+    assert "is not UTF-8" in refused(place, place / "link.raw", place / "mnt", status=2)
 
 
 @pytest.mark.parametrize("foreground", [True, False])

@@ -9,10 +9,12 @@ import pyfuse3
 import pytest
 import trio
 from test_replication import Faulty, pair
-from volumes import checkpoint, secondary
+from volumes import checkpoint, primary, secondary
 
 from replfs.block.file import File
+from replfs.errors import ReplfsError
 from replfs.export.fuse import FuseExport
+from replfs.protocol.nbd.uri import Target
 from replfs.volume.base import Volume
 from replfs.volume.config import MountConfig
 
@@ -106,6 +108,26 @@ async def test_a_checkpoint_fails_if_the_disk_cannot_be_made_durable(tmp_path: P
         volume.disk = plain
         assert volume.state.generation == 0
         assert bytes(await volume.view.read(0, 512)) == bytes(512)
+
+
+async def test_a_primary_whose_disk_cannot_be_synced_was_not_closed_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("primary.raw"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(fd)
+
+    async def write_and_close(far: Volume) -> None:
+        async with primary(tmp_path, Target(far.config.listen, "disk"), bytes(SIZE)) as near:
+            await near.view.write(0, b"x" * 512)
+            monkeypatch.setattr(os, "fdatasync", fdatasync)
+
+    async with secondary(tmp_path, bytes(SIZE)) as far:
+        with pytest.raises(ReplfsError, match="stable storage"):
+            await write_and_close(far)
+        monkeypatch.undo()
+    assert b'"error": true' in (tmp_path / "primary.raw.replfs" / "state.json").read_bytes()
 
 
 async def test_syncs_that_come_together_share_one_and_none_comes_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

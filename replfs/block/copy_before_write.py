@@ -9,7 +9,7 @@ every request passes the volume's gate, so that ``hidden`` changes only while no
 
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from replfs.block.locks import Gate, RangeLocks
@@ -68,25 +68,20 @@ class CopyBeforeWrite(Node):
                 await self.disk.write(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
-        """In pieces, so that a large range neither needs its pre-image in memory at once nor keeps the gate open for long."""
-        while length:
-            piece = min(length, _PIECE - offset % _PIECE)
-            start, stop = self._whole(offset, piece)
-            async with self._gate, self._locks.hold(start, stop):
-                with self._reporting():
-                    await self._save(start, stop)
-                    await self.disk.write_zeroes(offset, piece, may_unmap)
-            offset += piece
-            length -= piece
+        await self._in_pieces(offset, length, lambda start, count: self.disk.write_zeroes(start, count, may_unmap))
 
     async def discard(self, offset: int, length: int) -> None:
+        await self._in_pieces(offset, length, self.disk.discard)
+
+    async def _in_pieces(self, offset: int, length: int, change: Callable[[int, int], Awaitable[None]]) -> None:
+        """So that a large range neither needs its pre-image in memory at once nor keeps the gate open for long."""
         while length:
             piece = min(length, _PIECE - offset % _PIECE)
             start, stop = self._whole(offset, piece)
             async with self._gate, self._locks.hold(start, stop):
                 with self._reporting():
                     await self._save(start, stop)
-                    await self.disk.discard(offset, piece)
+                    await change(offset, piece)
             offset += piece
             length -= piece
 

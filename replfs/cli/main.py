@@ -286,14 +286,14 @@ def _serve(
     from replfs import daemon  # with pyfuse3, which control commands can do without
 
     options = _options(fuse_options)
-    for text in (disk, mountpoint, name, state_dir or "", str(side.get("listen", ""))):
-        if any("\udc80" <= character <= "\udcff" for character in text):
-            raise click.UsageError(f"{text!r} is not UTF-8, which the status could not show", click.get_current_context())
     path = resolve(disk)
     if state_dir is None:
         if path.is_block_device():
             raise click.UsageError("a block device needs --state-dir", click.get_current_context())
         state_dir = f"{path}.replfs"
+    for text in (path, resolve(mountpoint), resolve(state_dir), name, side.get("listen", "")):
+        if any("\udc80" <= character <= "\udcff" for character in str(text)):
+            raise click.UsageError(f"{str(text)!r} is not UTF-8, which the status could not show", click.get_current_context())
     config = Config(
         mode=mode,
         disk=path,

@@ -40,10 +40,9 @@ class Watchdog:
 
     def guard(self, mountpoint: Path) -> None:
         """The mount is there now; this is the one to abort."""
-        for device, path in _mounts():
-            if path == os.fsencode(mountpoint):
-                found = device
-        os.write(self._writer, found)
+        devices = [device for device, path in _mounts() if path == os.fsencode(mountpoint)]
+        if devices:
+            os.write(self._writer, devices[-1])
 
     def dismiss(self) -> None:
         os.kill(self._pid, signal.SIGKILL)
@@ -79,5 +78,5 @@ def _abort(minor: str, path: bytes) -> None:
 
 def _mounts() -> list[tuple[bytes, bytes]]:
     """The device number (major:minor) and the path of every mount, as in proc(5), mountinfo."""
-    fields = (line.split(b" ") for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
+    fields = (line.split(b" ") for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n") if line)
     return [(field[2], re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), field[4])) for field in fields]

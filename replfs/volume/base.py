@@ -96,8 +96,10 @@ class Volume(ABC):
     async def close(self) -> None:
         """Put everything on stable storage and close it. No background task runs any more. Raises ReplfsError."""
         try:
-            await self._close()
-            await self.disk.flush()
+            try:
+                await self._close()
+            finally:
+                await self.disk.flush()
         except OSError as error:
             raise ReplfsError(f"cannot put everything on stable storage: {error.strerror}") from error
         finally:
@@ -164,6 +166,7 @@ class Volume(ABC):
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self.directory.save, new)
         except NotDurable as error:
+            logger.warning("%s", error)
             problem = error
         self.state = new
         return problem

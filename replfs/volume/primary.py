@@ -76,6 +76,7 @@ class PrimaryVolume(Volume):
         await super().settle()
 
     async def _close(self) -> None:
+        await self.disk.flush()  # before the state says that this side was closed well
         if self.state.stage is Stage.RUNNING:
             await self._save(error=self.filter.sticky_error)
         if self._link is not None:

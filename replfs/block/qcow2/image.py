@@ -56,11 +56,11 @@ class Image(Node):
         self.backing = backing
         self.size = backing.size
         try:
-            self.header = Header.parse(file.read_now(0, CLUSTER), file.length(), file.path)
-            if self.header.size != self.size + -self.size % 512:
-                raise ReplfsError(f"{file.path}: it is for a disk of {self.header.size} bytes, and the disk has {self.size}")
-            self._refcounts = Refcounts(file, self.header)
-            self._l2 = L2Tables(file, self.header, self._refcounts, CACHE_BYTES // CLUSTER)
+            header = Header.parse(file.read_now(0, CLUSTER), file.length(), file.path)
+            if header.size != self.size + -self.size % 512:
+                raise ReplfsError(f"{file.path}: it is for a disk of {header.size} bytes, and the disk has {self.size}")
+            self._refcounts = Refcounts(file, header)
+            self._l2 = L2Tables(file, header, self._refcounts, CACHE_BYTES // CLUSTER)
         except BaseException:
             file.close()
             raise

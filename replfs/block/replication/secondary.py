@@ -32,9 +32,6 @@ class Layers:
         """The parts of a range that neither overlay holds: (start, stop) pairs."""
         return [gap for first, last in self.active.missing(start, stop) for gap in self.hidden.missing(first, last)]
 
-    def allocated_bytes(self) -> int:
-        return self.active.file.allocated_bytes() + self.hidden.file.allocated_bytes()
-
 
 class SecondaryFilter(Node):
     def __init__(self, disk: Node, gate: Gate) -> None:
