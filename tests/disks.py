@@ -3,9 +3,10 @@
 import subprocess
 from pathlib import Path
 
+from replfs.block.cache import Cache
 from replfs.block.file import File
-from replfs.block.qcow2.create import create
 from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.overlay import create_overlay, open_overlay
 from replfs.block.raw import Raw
 
 
@@ -16,9 +17,9 @@ def raw(path: Path, content: bytes | int) -> Raw:
     return Raw(File.open(str(path), writable=True))
 
 
-def overlay(path: Path, backing: Raw | Image) -> Image:
-    create(str(path), backing.size, f"./{Path(backing.file.path).name}", "raw" if isinstance(backing, Raw) else "qcow2")
-    return Image.open(str(path), backing)
+def overlay(path: Path, backing: Raw | Image, cache: Cache | None = None) -> Image:
+    create_overlay(str(path), backing.size, f"./{Path(backing.file.path).name}", backing.format)
+    return open_overlay(str(path), backing, cache or Cache())
 
 
 def qemu_img(*arguments: str | Path) -> str:

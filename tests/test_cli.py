@@ -68,8 +68,8 @@ def test_a_disk_that_cannot_be_read(place: Path) -> None:
 
 def test_a_disk_that_looks_like_qcow2_and_no_format(place: Path) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", place / "image", "1M")
-    assert "looks like a qcow2 image" in refused(place, place / "image", place / "mnt")
-    assert "raw disks only" in refused(place, place / "image", place / "mnt", "--format", "qcow2")
+    assert "looks like a qcow2 image: say --format qcow2" in refused(place, place / "image", place / "mnt")
+    assert "is not a qcow2 image" in refused(place, place / "good.raw", place / "mnt", "--format", "qcow2")
 
 
 def test_a_raw_disk_that_starts_with_the_magic_all_the_same(place: Path, sides: Sides) -> None:

@@ -592,7 +592,7 @@ def test_two_volumes_do_not_share_a_disk_or_a_state_directory(sides: Sides) -> N
     other = sides.folder / "other"
     other.mkdir()
     same_disk = replfs("secondary", far.disk, other, "--state-dir", sides.folder / "elsewhere", check=False)
-    assert f"the disk {far.disk} is in use" in same_disk.stderr
+    assert f"{far.disk} is in use by another process" in same_disk.stderr
     (sides.folder / "other.raw").write_bytes(bytes(MIB))
     same_state = replfs("secondary", sides.folder / "other.raw", other, "--state-dir", far.state_dir, check=False)
     assert f"the state directory {far.state_dir} is in use" in same_state.stderr

@@ -13,7 +13,7 @@ from disks import assert_sound, qemu_img, same
 from volumes import checkpoint, content, on_disk, primary, secondary, until_stage
 
 from replfs.block.node import Data, Node
-from replfs.block.qcow2.header import CLUSTER
+from replfs.block.qcow2.overlay import CLUSTER
 from replfs.block.replication.rules import Mode, Operation, Stage
 from replfs.errors import ReplfsError
 from replfs.protocol.nbd.uri import Target, UnixAddress

@@ -15,7 +15,7 @@ from volumes import content, on_disk, secondary, until_stage
 
 from replfs.block.file import File
 from replfs.block.node import Data, Node
-from replfs.block.qcow2.header import CLUSTER, SUBCLUSTER
+from replfs.block.qcow2.overlay import CLUSTER, SUBCLUSTER
 from replfs.block.replication.rules import Operation, Stage
 from replfs.volume.secondary import SecondaryVolume
 

@@ -26,6 +26,7 @@ def config(folder: Path, mode: Mode, **changes: Any) -> Config:
         "start": True,
         "stop_on_unmount": False,
         "durability": "power",
+        "cache_size": 32 << 20,
         **side,
         **changes,
     }

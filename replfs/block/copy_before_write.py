@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from replfs.block.locks import Gate, RangeLocks
 from replfs.block.node import Data, Extent, Node
-from replfs.block.qcow2.header import SUBCLUSTER
 from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.overlay import SUBCLUSTER
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """A file of the host's: reads and writes that do not leave the trio thread unless they would block.
 
-Owns one file descriptor. What it promises:
+Owns one file descriptor, with QEMU's image locks on it. What it promises:
 
 * :meth:`File.read` answers from the page cache without suspending, and goes to a worker thread only for what the cache does
   not hold, so a reader must expect both.
@@ -18,6 +18,7 @@ from typing import Final
 
 import trio
 
+from replfs.block.image_locks import lock
 from replfs.block.node import Data, Extent, merge
 
 _KEEP_SIZE: Final = 1  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
@@ -52,9 +53,15 @@ class File:
 
     @classmethod
     def open(cls, path: str, *, writable: bool, create: bool = False) -> "File":
-        """Open a file; ``create`` makes a new one (0600) and fails if there is one. Raises OSError."""
+        """Open and lock a file; ``create`` makes a new one (0600) and fails if there is one. Raises OSError, InUse, ReplfsError."""
         flags = (os.O_RDWR if writable else os.O_RDONLY) | (os.O_CREAT | os.O_EXCL if create else 0)
-        return cls(os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY, 0o600), path)
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+        try:
+            lock(fd, path, writable=writable)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, path)
 
     def length(self) -> int:
         """Bytes up to the end of the file or device, now."""
@@ -128,6 +135,11 @@ class File:
             if error.errno not in _UNSUPPORTED:
                 raise
         self._dirty = True
+
+    def sync_now(self) -> None:
+        """As :meth:`sync`, in place and by itself: while nobody else uses the file."""
+        self._dirty = False
+        os.fdatasync(self.fd)
 
     async def sync(self) -> None:
         """Everything written before this call is on stable storage when it returns. Raises OSError, from then on always."""

@@ -9,6 +9,8 @@ from replfs.block.node import Data, Extent, Node
 class Raw(Node):
     """Owns ``file``; the disk's size is what it was when it was opened."""
 
+    format = "raw"
+
     def __init__(self, file: File) -> None:
         self.file = file
         self.size = file.length()
@@ -37,4 +39,8 @@ class Raw(Node):
         return self.file.extents(offset, length, limit)
 
     async def close(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """As :meth:`close`, for those who cannot await."""
         self.file.close()

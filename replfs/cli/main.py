@@ -33,6 +33,8 @@ _FUSE_OPTIONS = frozenset(
     )
 )
 _FUSE_OPTIONS_WITH_VALUE = frozenset(("max_read", "fsname", "subtype", "context"))
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SMALLEST_CACHE = 1 << 20
 _POLL_SECONDS = 0.1
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)  # what a mount answers once, and right when, its process has ended
 
@@ -121,6 +123,15 @@ def _mode_bits(text: str) -> int:
     return bits
 
 
+def _size(text: str) -> int:
+    number, factor = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1)
+    if not (number.isdigit() and number.isascii() and len(number) < 16):
+        raise ReplfsError(f"{text!r} is not a size like 64M")
+    if int(number) * factor < _SMALLEST_CACHE:
+        raise ReplfsError(f"{text} is less than 1M")
+    return int(number) * factor
+
+
 def _identifier(look_up: Callable[[str], int]) -> Callable[[str], int]:
     def parse(text: str) -> int:
         number = int(text) if text.isdigit() and text.isascii() else look_up(text)
@@ -151,6 +162,20 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
                 "disk_format",
                 type=click.Choice(["raw", "qcow2"]),
                 help="The disk's format. Default: raw, but a disk that looks like qcow2 is refused until a format is named.",
+            ),
+            click.option(
+                "--allow-backing",
+                multiple=True,
+                metavar="PATH",
+                help="A file, or a directory with all below it, that a qcow2 DISK may name as its backing or data file."
+                " It may name those in its own directory, and below, anyway. Repeatable.",
+            ),
+            click.option(
+                "--cache-size",
+                type=_Parsed("size", _size),
+                default="32M",
+                show_default=True,
+                help="Memory for the metadata of qcow2 images, the overlays' too. Takes K, M, G, T.",
             ),
             click.option(
                 "--name",
@@ -281,6 +306,7 @@ def _serve(
     no_start: bool,
     stop_on_unmount: bool,
     durability: str,
+    allow_backing: tuple[str, ...],
     **side: Any,
 ) -> None:
     from replfs import daemon  # with pyfuse3, which control commands can do without
@@ -303,6 +329,7 @@ def _serve(
         start=not no_start,
         stop_on_unmount=stop_on_unmount,
         durability=durability,
+        allow_backing=tuple(resolve(allowed) for allowed in allow_backing),
         **side,
     )
     mount = MountConfig(

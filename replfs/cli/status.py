@@ -16,6 +16,7 @@ def show(status: dict[str, Any]) -> str:
         ("file", f"{status['mountpoint']}/{status['name']}"),
         ("size", size(status["size"])),
         ("disk", _file(status["disk"])),
+        *(("backing", _file(file)) for file in status["backing"]),
         *((name, _file(overlay)) for name, overlay in status.get("overlays", {}).items()),
         ("listen", _listen(status)) if "listen" in status else ("target", _target(status)),
         ("durability", status["durability"]),
@@ -44,7 +45,10 @@ def _commit(status: dict[str, Any]) -> str:
 
 
 def _file(file: dict[str, Any]) -> str:
-    return f"{file['path']}, {size(file['allocated'])} allocated"
+    shown = f"{file['path']}, {file['format']}, {size(file['allocated'])} allocated"
+    if data := file.get("data-file"):
+        shown += f", data in {data['path']}, {size(data['allocated'])} allocated"
+    return f"{shown}, CORRUPT: {file['corrupt']}" if "corrupt" in file else shown
 
 
 def size(count: int) -> str:

@@ -15,12 +15,12 @@ import msgspec
 import trio
 
 import replfs
+from replfs.block.cache import Cache
 from replfs.block.node import Node
-from replfs.block.raw import Raw
 from replfs.block.replication.rules import Mode, Operation, Stage, Verdict, check_start_mode, get_error, verdict
 from replfs.errors import ReplfsError
 from replfs.volume.config import Config
-from replfs.volume.disk import open_disk
+from replfs.volume.disk import describe, describe_chain, open_disk
 from replfs.volume.state import NotDurable, State, StateDirectory, check_identity, identify
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,12 @@ class Volume(ABC):
         Raises ReplfsError; then nothing is left open.
         """
         self.config = config
-        self.disk: Raw = open_disk(config.disk, disk_format)
+        self.cache = Cache(config.cache_size)
+        self.disk = open_disk(config.disk, disk_format, config.allow_backing, self.cache)
         try:
             self.directory = StateDirectory(config.state_dir)
             try:
-                identity = identify(config.disk, self.disk.size, config.state_dir)
+                identity = identify(config.disk, self.disk.format, self.disk.size, config.state_dir)
                 saved = self.directory.load()
                 if saved is not None:
                     check_identity(saved, identity, config.mode, config.state_dir)
@@ -55,7 +56,7 @@ class Volume(ABC):
                 self.directory.close()
                 raise
         except BaseException:
-            self.disk.file.close()
+            self.disk.release()
             raise
         self.last_error = ""
         self.drop_cache: Callable[[], Awaitable[None]] = _nothing_cached
@@ -196,7 +197,8 @@ class Volume(ABC):
             "durability": "process",  # the order of writes that outlives a power cut is not there yet
             "pid": os.getpid(),
             "state-dir": str(self.config.state_dir),
-            "disk": {"path": self.disk.file.path, "format": "raw", "allocated": self.disk.file.allocated_bytes()},
+            "disk": describe(self.disk),
+            "backing": describe_chain(self.disk),
             **self._side_status(),
         }
 

@@ -19,6 +19,9 @@ class Config:
     start: bool
     stop_on_unmount: bool
     durability: str
+    cache_size: int
+    """Bytes of metadata that are kept in memory."""
+    allow_backing: tuple[Path, ...] = ()
     listen: Address | None = None
     export: str = "disk"
     target: Target | None = None

@@ -1,27 +1,29 @@
-"""Opening the disk that a volume replicates, and keeping it to one process."""
+"""Opening the disk that a volume replicates."""
 
 import errno
-import fcntl
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from replfs.block.cache import Cache
+from replfs.block.chain import Chain
 from replfs.block.file import File
 from replfs.block.qcow2.header import MAGIC
+from replfs.block.qcow2.image import Image
 from replfs.block.raw import Raw
-from replfs.errors import InUse, ReplfsError, printable
+from replfs.errors import ReplfsError, printable
 
 
-def open_disk(path: Path, disk_format: str | None) -> Raw:
-    """Open a disk for reading and writing, and lock it. ``disk_format`` None: raw, if it does not look like anything else.
+def open_disk(path: Path, disk_format: str | None, allow_backing: Sequence[Path] = (), cache: Cache | None = None) -> Raw | Image:
+    """Open a disk for reading and writing, lock it, and what it names. ``disk_format`` None: raw, if it does not look like qcow2.
 
-    Raises ReplfsError if it cannot be, InUse if another process has it.
+    ``allow_backing``: files and directories (without symbolic links) beyond the disk's own that its image may name. ``cache``: of
+    the volume, one of the default size unless given. Closing the node closes all. Raises ReplfsError if the disk cannot be used,
+    InUse if another process has it.
     """
     shown = printable(str(path))
-    if disk_format == "qcow2":
-        raise ReplfsError(
-            f"cannot use {shown}: this release serves raw disks only; convert it with qemu-img convert -O raw", errno.EOPNOTSUPP
-        )
     try:
         kind = path.stat().st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
@@ -31,23 +33,45 @@ def open_disk(path: Path, disk_format: str | None) -> Raw:
     except OSError as error:
         raise ReplfsError(f"cannot open the disk {shown}: {error.strerror}", error.errno or errno.EIO) from error
     try:
-        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if file.length() == 0:
             raise ReplfsError(f"the disk {shown} is empty: make one first, for example with truncate -s 10G", errno.EINVAL)
+        if disk_format == "qcow2":
+            image = Chain(file, allow_backing, cache or Cache()).open()
+            if image.size == 0:
+                raise ReplfsError(f"the disk {shown} has a size of 0: make it larger with qemu-img resize", errno.EINVAL)
+            return image
         if disk_format is None and file.read_now(0, len(MAGIC)) == MAGIC:
             raise ReplfsError(
-                f"{shown} looks like a qcow2 image: say --format raw if its bytes are the disk's own all the same", errno.EINVAL
+                f"{shown} looks like a qcow2 image: say --format qcow2, or --format raw if its bytes are the disk's own",
+                errno.EINVAL,
             )
         return Raw(file)
-    except BlockingIOError:
-        file.close()
-        raise InUse(f"the disk {shown} is in use by another process: unmount or stop that one first") from None
     except OSError as error:
         file.close()
-        raise ReplfsError(f"cannot read the disk {shown}: {error.strerror}", error.errno or errno.EIO) from error
+        raise ReplfsError(f"cannot read the disk {shown}: {error.strerror or error}", error.errno or errno.EIO) from error
     except ReplfsError:
         file.close()
         raise
+
+
+def describe(node: Raw | Image) -> dict[str, Any]:
+    """One file of a volume, for the status; ``allocated`` in bytes."""
+    found: dict[str, Any] = {"path": node.file.path, "format": node.format, "allocated": node.file.allocated_bytes()}
+    if isinstance(node, Image):
+        if node.data is not node.file:
+            found["data-file"] = {"path": node.data.path, "allocated": node.data.allocated_bytes()}
+        if node.damage:
+            found["corrupt"] = node.damage
+    return found
+
+
+def describe_chain(disk: Raw | Image) -> list[dict[str, Any]]:
+    """The backing files of a disk, from the nearest on."""
+    found = []
+    while isinstance(disk, Image) and disk.backing is not None:
+        disk = disk.backing
+        found.append(describe(disk))
+    return found
 
 
 def resolve(path: str) -> Path:

@@ -14,8 +14,7 @@ import trio
 
 from replfs.block.copy_before_write import CopyBeforeWrite
 from replfs.block.locks import Gate
-from replfs.block.qcow2.create import create
-from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.overlay import create_overlay, open_overlay
 from replfs.block.replication.rules import Stage
 from replfs.block.replication.secondary import Layers, SecondaryFilter
 from replfs.errors import ReplfsError
@@ -23,6 +22,7 @@ from replfs.export.nbd import NbdServer
 from replfs.jobs.commit import commit
 from replfs.volume.base import Volume
 from replfs.volume.config import Config
+from replfs.volume.disk import describe
 from replfs.volume.state import NotDurable
 
 logger = logging.getLogger(__name__)
@@ -111,18 +111,18 @@ class SecondaryVolume(Volume):
         hidden, active = self.directory.overlay("hidden", generation), self.directory.overlay("active", generation)
         hidden.unlink(missing_ok=True)
         active.unlink(missing_ok=True)
-        create(str(hidden), self.view.size, self.state.disk.path, "raw")
-        create(str(active), self.view.size, f"./{hidden.name}", "qcow2")
+        create_overlay(str(hidden), self.view.size, self.state.disk.path, self.state.disk.format)
+        create_overlay(str(active), self.view.size, f"./{hidden.name}", "qcow2")
         self.directory.sync()
         return self._open_pair(generation)
 
     def _open_pair(self, generation: int) -> Layers:
         """Raises ReplfsError."""
-        hidden = Image.open(str(self.directory.overlay("hidden", generation)), self.disk)
+        hidden = open_overlay(str(self.directory.overlay("hidden", generation)), self.disk, self.cache)
         try:
-            return Layers(Image.open(str(self.directory.overlay("active", generation)), hidden), hidden)
+            return Layers(open_overlay(str(self.directory.overlay("active", generation)), hidden, self.cache), hidden)
         except ReplfsError:
-            hidden.file.close()
+            hidden.release()
             raise
 
     async def _prepare(self) -> None:
@@ -253,8 +253,7 @@ class SecondaryVolume(Volume):
             "export": self.config.export,
             "connections": self.server.connections,
             "overlays": {
-                name: {"path": image.file.path, "allocated": image.file.allocated_bytes()}
-                for name, image in ((("active", layers.active), ("hidden", layers.hidden)) if layers else ())
+                name: describe(image) for name, image in ((("active", layers.active), ("hidden", layers.hidden)) if layers else ())
             },
         }
         if self.state.stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED):

@@ -33,6 +33,7 @@ class DiskIdentity(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     path: str
     size: int
     inode: int
+    format: str = "raw"
 
 
 class State(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -185,12 +186,12 @@ class StateDirectory:
                 (self.path / entry).unlink()
 
 
-def identify(disk: Path, size: int, state_dir: Path) -> DiskIdentity:
+def identify(disk: Path, disk_format: str, size: int, state_dir: Path) -> DiskIdentity:
     """What a disk will be known by, as seen from its state directory."""
     info = disk.stat()
     regular = (info.st_mode & 0o170000) == 0o100000
     path = os.path.relpath(disk, state_dir) if regular else str(disk)
-    return DiskIdentity(path if "/" in path else f"./{path}", size, info.st_ino if regular else 0)
+    return DiskIdentity(path if "/" in path else f"./{path}", size, info.st_ino if regular else 0, disk_format)
 
 
 def check_identity(state: State, disk: DiskIdentity, mode: Mode, state_dir: Path) -> None:
@@ -202,7 +203,9 @@ def check_identity(state: State, disk: DiskIdentity, mode: Mode, state_dir: Path
             errno.EINVAL,
         )
     if state.disk != disk:
-        was, now = (f"{printable(known.path)}, {known.size} bytes, inode {known.inode}" for known in (state.disk, disk))
+        was, now = (
+            f"{printable(known.path)}, {known.format}, {known.size} bytes, inode {known.inode}" for known in (state.disk, disk)
+        )
         raise ReplfsError(
             f"{printable(str(state_dir))} is the state of another disk ({was}; this is {now}): name another --state-dir,"
             " or remove this one to start over with what the disk itself holds",

@@ -1,11 +1,13 @@
-"""The qcow2 overlay as a node: what it holds itself, over what its backing node holds.
+"""A qcow2 image as a node: what it holds itself, over what its backing node holds.
 
-Owns its file; the backing node belongs to whoever opened it. The unit of being held here is the subcluster (2 KiB): a write that
-covers one only in part fetches the rest from the backing node first. Once a subcluster is held it stays so and does not move.
+The unit of being held here is the *subcluster*: a 32nd of a cluster with extended L2 entries, else the whole cluster. A write
+that covers one only in part stores it whole, with what was read there before. What may be written in place is the image's alone
+(COPIED); what it shares with a snapshot, or has compressed, is copied first.
 
-Guarding rule: looking up and storing happen in one stretch without an await. A request that suspended, to read its backing node,
-looks up again (``_l2.changes`` tells whether it has to). So what the backing node holds under a subcluster may change once this
-image holds that subcluster, and only then: that is what copy-before-write keeps to.
+Guarding rule: looking up and storing happen in one stretch without an await. A request that suspended, to read what it needs, looks
+up again: ``_l2.changes``, or the entry itself, tells whether it has to. So what the backing node holds under a subcluster may
+change once this image holds that subcluster, and only then: that is what copy-before-write keeps to. A cluster that is given back
+stays counted until the hole in the file is made, so that nobody else gets it before.
 """
 
 import array
@@ -14,17 +16,29 @@ import errno
 import os
 from typing import Final, NamedTuple
 
+import trio
+
+from replfs.block.cache import Cache, Shelf
 from replfs.block.file import File
 from replfs.block.node import Data, Extent, Node, merge
-from replfs.block.qcow2.header import CLUSTER, CLUSTER_BITS, L2_ENTRIES, SPAN, SUBCLUSTER, SUBCLUSTER_BITS, Header
-from replfs.block.qcow2.l2 import COPIED, HOST_OFFSET, L2Tables
+from replfs.block.qcow2 import bitmaps, snapshots
+from replfs.block.qcow2.compression import decompress, descriptor
+from replfs.block.qcow2.header import AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, HOST_OFFSET, Header
+from replfs.block.qcow2.integrity import Integrity
+from replfs.block.qcow2.l2 import COPIED, L2Tables
 from replfs.block.qcow2.refcounts import Refcounts
+from replfs.block.qcow2.repair import rebuild_refcounts
+from replfs.block.raw import Raw
 from replfs.errors import ReplfsError, printable
 
-CACHE_BYTES: Final = 32 << 20
-
+_COMPRESSED: Final = 1 << 62
+_ZERO: Final = 1  # of an entry that is not extended: "reads as all zeroes"
 _ALL_ALLOCATED: Final = 0xFFFF_FFFF
 _ALL_ZERO: Final = 0xFFFF_FFFF << 32
+_PLACE: Final = COPIED | _COMPRESSED | HOST_OFFSET
+"""The bits of an entry that say where its bytes are, and whose they are."""
+
+_PIECE: Final = 1 << 20
 
 
 class Kind(enum.Enum):
@@ -33,10 +47,14 @@ class Kind(enum.Enum):
     BACKING = enum.auto()
     ZERO = enum.auto()
     DATA = enum.auto()
+    COMPRESSED = enum.auto()
 
 
 class Range(NamedTuple):
-    """Bytes ``start .. stop`` of the disk that are of one kind; ``host`` is where DATA lies in the file (else 0)."""
+    """Bytes ``start .. stop`` of the disk that are of one kind.
+
+    ``host`` is where DATA lies in the file, the L2 entry of COMPRESSED, and for ZERO not 0 if it has room kept for it.
+    """
 
     kind: Kind
     start: int
@@ -45,73 +63,152 @@ class Range(NamedTuple):
 
 
 class Image(Node):
-    """An overlay of ``size`` bytes, which is its backing node's size (its header's is that, in whole sectors)."""
+    """A disk of ``size`` bytes. ``file`` is the image's, ``data`` the one that its clusters lie in: the same or an external one."""
 
-    def __init__(self, file: File, backing: Node) -> None:
-        """Raises ReplfsError if the file is no sound overlay for a disk of the backing node's size, OSError if it cannot be read.
+    format = "qcow2"
 
-        The file is closed then.
+    def __init__(
+        self,
+        file: File,
+        header: Header,
+        backing: "Raw | Image | None",
+        cache: Cache,
+        *,
+        data: File | None = None,
+        size: int | None = None,
+        writable: bool = True,
+        owns_backing: bool = False,
+    ) -> None:
+        """``size`` is the header's unless given. ``owns_backing``: the backing node is closed with this one.
+
+        Nothing that is handed over is closed if this fails.
+
+        Raises ReplfsError if the image cannot be served (for writing), OSError if it cannot be read.
         """
         self.file = file
+        self.data = data or file
         self.backing = backing
-        self.size = backing.size
-        try:
-            header = Header.parse(file.read_now(0, CLUSTER), file.length(), file.path)
-            if header.size != self.size + -self.size % 512:
-                raise ReplfsError(f"{file.path}: it is for a disk of {header.size} bytes, and the disk has {self.size}")
-            self._refcounts = Refcounts(file, header)
-            self._l2 = L2Tables(file, header, self._refcounts, CACHE_BYTES // CLUSTER)
-        except BaseException:
-            file.close()
-            raise
+        self.size = header.size if size is None else size
+        self.subcluster: Final = header.cluster >> (5 if header.extended else 0)
+        self._external = data is not None
+        self._owns_backing = owns_backing
+        self._integrity: Integrity | None = None
+        self._refcounts: Refcounts | None = None
+        if writable:
+            header = self._prepare(header, cache)
+        self._header = header
+        self._l2 = L2Tables(file, header, self._refcounts, self._integrity, cache)
+        self._plain: Shelf[bytes] = Shelf(cache, header.cluster)  # decompressed clusters, by their L2 entries
+        self._unchanged = True  # by this process
+        self._cluster_bits: Final = header.cluster_bits
+        self._cluster: Final = header.cluster
+        self._subcluster_bits = self.subcluster.bit_length() - 1
+        self._words: Final = 2 if header.extended else 1  # of an L2 entry
+        self._slice_bits = self._l2.slice_bits
+        self._slice_mask = (1 << self._slice_bits) - 1
+        self._span_bits: Final = header.span_bits
+        self._backed: Final = min(backing.size, self.size) if backing is not None else 0
+        """Bytes from the start of the disk that the backing node has; beyond it what is not held here reads as zeroes."""
 
-    @classmethod
-    def open(cls, path: str, backing: Node) -> "Image":
-        """Open an overlay for reading and writing. Raises ReplfsError."""
-        try:
-            return cls(File.open(path, writable=True), backing)
-        except OSError as error:
-            raise ReplfsError(f"cannot open the overlay {printable(path)}: {error.strerror}", error.errno or errno.EIO) from error
+    def _prepare(self, header: Header, cache: Cache) -> Header:
+        """What writing needs: known metadata, and refcounts that are right. Gives the header back as it is then."""
+        shown = printable(self.file.path)
+        if header.incompatible & CORRUPT:
+            raise ReplfsError(f"{shown} is marked corrupt: repair it with qemu-img check -r all", errno.EUCLEAN)
+        found, table_length = snapshots.read(self.file, header)
+        if header.incompatible & DIRTY:
+            header = rebuild_refcounts(self.file, header, found, table_length)
+        bits = header.cluster_bits
+        integrity = self._integrity = Integrity(self.file, header)
+        integrity.survey("header", [0])
+        self._refcounts = Refcounts(self.file, header, integrity, cache)
+        if found:
+            first = header.snapshots_offset
+            integrity.survey("snapshot table", range(first >> bits, -(-(first + table_length) >> bits)))
+        for offset, entries in found:
+            integrity.survey("snapshot's L1 table", range(offset >> bits, -(-(offset + entries * 8) >> bits)))
+        if header.bitmaps is not None:
+            first = header.bitmaps.offset
+            integrity.survey("bitmap directory", range(first >> bits, -(-(first + header.bitmaps.length) >> bits)))
+        return header
 
     # What is held where
 
     def ranges(self, start: int, stop: int) -> list[Range]:
         """What ``start .. stop`` consists of, neighbours merged. Never suspends. Raises OSError (EIO: the tables are damaged)."""
         found: list[Range] = []
+        bits = self._cluster_bits
         while start < stop:
-            cluster = start >> CLUSTER_BITS
-            until = min(stop, (cluster + 1) << CLUSTER_BITS)
-            table = self._l2.table(start // SPAN)
+            cluster = start >> bits
+            table = self._l2.slice(cluster >> self._slice_bits)
             if table is None:
-                until = min(stop, (start // SPAN + 1) * SPAN)
+                until = min(stop, ((start >> self._span_bits) + 1) << self._span_bits)
                 _extend(found, Kind.BACKING, start, until, 0)
             else:
-                position = (cluster & L2_ENTRIES - 1) * 2
-                self._split(found, table[position] & HOST_OFFSET, table[position + 1], start, until)
+                until = min(stop, (cluster + 1) << bits)
+                if self._words == 1:
+                    self._classify(found, table[cluster & self._slice_mask], start, until)
+                else:
+                    position = (cluster & self._slice_mask) * 2
+                    self._split(found, table[position], table[position + 1], start, until)
             start = until
         return found
 
-    def _split(self, found: list[Range], host: int, bitmap: int, start: int, stop: int) -> None:
-        """The ranges of one cluster, or a part of it."""
-        base = start & -CLUSTER
+    def _classify(self, found: list[Range], entry: int, start: int, stop: int) -> None:
+        """The range of one cluster, or a part of it."""
+        host = entry & HOST_OFFSET
+        if entry & _COMPRESSED:
+            self._check_compressed(entry, start)
+            found.append(Range(Kind.COMPRESSED, start, stop, entry))
+        elif entry & _ZERO:
+            if host & self._cluster - 1 or self._header.version < 3:
+                raise self._bad_entry(start)
+            _extend(found, Kind.ZERO, start, stop, host)
+        elif host or (self._external and entry & COPIED):
+            if host & self._cluster - 1:
+                raise self._bad_entry(start)
+            _extend(found, Kind.DATA, start, stop, host + (start & self._cluster - 1))
+        else:
+            _extend(found, Kind.BACKING, start, stop, 0)
+
+    def _split(self, found: list[Range], entry: int, bitmap: int, start: int, stop: int) -> None:
+        """The ranges of one cluster, or a part of it, by its bitmap: bits 0-31 say allocated, 32-63 zero, neither: backing."""
+        if entry & _COMPRESSED:
+            self._check_compressed(entry, start)
+            if bitmap:
+                raise self._bad_entry(start)
+            return found.append(Range(Kind.COMPRESSED, start, stop, entry))
         if not bitmap:
             return _extend(found, Kind.BACKING, start, stop, 0)
-        if bitmap == _ALL_ZERO:
-            return _extend(found, Kind.ZERO, start, stop, 0)
-        if host % CLUSTER or (bitmap & _ALL_ALLOCATED and not host) or bitmap & (bitmap >> 32):
-            raise OSError(errno.EIO, f"{self.file.path}: the L2 entry of byte {start} is damaged")
+        base, host = start & -self._cluster, entry & HOST_OFFSET
+        if bitmap == _ALL_ZERO and not host & self._cluster - 1:
+            return _extend(found, Kind.ZERO, start, stop, host)
+        if (
+            host & self._cluster - 1
+            or entry & _ZERO
+            or bitmap & bitmap >> 32
+            or (bitmap & _ALL_ALLOCATED and not host and not (self._external and entry & COPIED))
+        ):
+            raise self._bad_entry(start)
         if bitmap == _ALL_ALLOCATED:
             return _extend(found, Kind.DATA, start, stop, host + start - base)
         while start < stop:
-            bit = start - base >> SUBCLUSTER_BITS
-            until = min(stop, base + (bit + 1 << SUBCLUSTER_BITS))
+            bit = start - base >> self._subcluster_bits
+            until = min(stop, base + (bit + 1 << self._subcluster_bits))
             if bitmap >> bit & 1:
                 _extend(found, Kind.DATA, start, until, host + start - base)
             elif bitmap >> (bit + 32) & 1:
-                _extend(found, Kind.ZERO, start, until, 0)
+                _extend(found, Kind.ZERO, start, until, host)
             else:
                 _extend(found, Kind.BACKING, start, until, 0)
             start = until
+
+    def _check_compressed(self, entry: int, position: int) -> None:
+        if self._external or entry & COPIED:
+            raise self._bad_entry(position)
+
+    def _bad_entry(self, position: int) -> OSError:
+        return OSError(errno.EIO, f"{self.file.path}: the L2 entry of byte {position} is damaged")
 
     def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of a range that this image does not hold: (start, stop) pairs."""
@@ -119,8 +216,15 @@ class Image(Node):
 
     def may_hold(self, position: int) -> tuple[bool, int]:
         """Whether anything near ``position`` may be held here, and up to where the answer holds (one L2 table's span)."""
-        index = position // SPAN
-        return self._l2.table(index) is not None, min(self.size, (index + 1) * SPAN)
+        index = position >> self._span_bits
+        return self._l2.has_table(index), min(self.size, (index + 1) << self._span_bits)
+
+    def _reads_as_zeroes(self, start: int, stop: int) -> bool:
+        """Whether the tables say so."""
+        return all(
+            part.kind is Kind.ZERO or (part.kind is Kind.BACKING and part.start >= self._backed)
+            for part in self.ranges(start, min(stop, self.size))
+        )
 
     # Reading
 
@@ -137,181 +241,432 @@ class Image(Node):
                 return data
 
     async def _read_range(self, part: Range) -> Data:
-        length = part.stop - part.start
-        if part.kind is Kind.BACKING:
-            return await self.backing.read(part.start, length)
-        if part.kind is Kind.ZERO:
-            return bytes(length)
-        data = await self.file.read(part.host, length)
-        return data if len(data) == length else bytes(data) + bytes(length - len(data))
+        kind, start, stop, host = part
+        if kind is Kind.DATA:
+            data = await self.data.read(host, stop - start)
+            if len(data) == stop - start:
+                return data
+            if not data and not self._external and self.file.length() <= host & -self._cluster:
+                raise self._bad_entry(start)
+            return bytes(data).ljust(stop - start, b"\0")
+        if kind is Kind.BACKING and start < self._backed:
+            return await self._read_backing(start, stop)
+        if kind is Kind.COMPRESSED:
+            inside = start & self._cluster - 1
+            return memoryview(await self._decompressed(host))[inside : inside + stop - start]
+        return bytes(stop - start)
+
+    async def _read_backing(self, start: int, stop: int) -> Data:
+        node = self.backing
+        while isinstance(node, Image) and node._refcounts is None:  # through what cannot change and holds nothing of it
+            if stop > node._backed or node.missing(start, stop) != [(start, stop)]:
+                break
+            node = node.backing
+        assert node is not None
+        data = await node.read(start, min(stop, self._backed) - start)
+        return data if stop <= self._backed else bytes(data).ljust(stop - start, b"\0")
+
+    async def _decompressed(self, entry: int) -> bytes:
+        plain = self._plain.get(entry)
+        if plain is None:
+            offset, length = descriptor(entry, self._cluster_bits)
+            plain = await trio.to_thread.run_sync(self._decompress, offset, length)
+            self._plain.put(entry, plain)
+        return plain
+
+    def _decompress(self, offset: int, length: int) -> bytes:
+        try:
+            return decompress(self._header.compression, self.file.read_now(offset, length), self._cluster)
+        except OSError as error:
+            raise OSError(error.errno, f"{self.file.path}: {error.strerror}") from error
 
     async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
         while True:
             changes = self._l2.changes
             ranges = self.ranges(offset, offset + length)
             found: list[Extent] = []
-            for part in ranges:
+            for kind, start, stop, host in ranges:
                 if len(found) >= limit:
                     break
-                if part.kind is Kind.BACKING:
-                    below = await self.backing.extents(part.start, part.stop - part.start, limit)
+                if kind is Kind.BACKING and start < self._backed:
+                    assert self.backing is not None
+                    size = min(stop, self._backed) - start
+                    below = await self.backing.extents(start, size, limit)
                     for extent in below:
                         merge(found, extent)
-                    if sum(extent.length for extent in below) < part.stop - part.start:
+                    if sum(extent.length for extent in below) < size:
                         break
+                    merge(found, Extent(stop - start - size, True, True))
                 else:
-                    merge(found, Extent(part.stop - part.start, part.kind is Kind.ZERO, part.kind is Kind.ZERO))
+                    zero = kind is Kind.ZERO or kind is Kind.BACKING
+                    merge(found, Extent(stop - start, zero and not host, zero))
             if changes == self._l2.changes or self.ranges(offset, offset + length) == ranges:
                 return found[:limit]
 
     # Writing
 
+    def _begin_change(self) -> None:
+        """Before anything is written. Raises OSError (EIO) if the image is known to be corrupt."""
+        assert self._integrity is not None
+        self._integrity.check_writable()
+        if self._unchanged:
+            self._integrity.keep_autoclear(AUTOCLEAR_RAW_DATA if self._external else 0)
+            self._unchanged = False
+            if self._header.bitmaps is not None:
+                self._drop_bitmaps()
+
+    def _drop_bitmaps(self) -> None:
+        """Their autoclear bit is cleared: nothing leads to their clusters any more."""
+        assert self._header.bitmaps is not None
+        assert self._refcounts is not None
+        assert self._integrity is not None
+        found = bitmaps.clusters(self.file, self._header.bitmaps, self._cluster_bits)
+        if found is None or len({*found[0], *found[1]}) != len(found[0]) + len(found[1]):
+            return
+        if all(self._refcounts.get(cluster) == 1 for cluster in (*found[0], *found[1])) and not any(
+            self._integrity.is_metadata(cluster) for cluster in found[1]
+        ):
+            self._integrity.remove("bitmap directory", found[0])
+            for cluster in (*found[1], *found[0]):
+                self._refcounts.free(cluster, 1)
+
+    def _entry(self, position: int) -> tuple[int, int]:
+        """The L2 entry of a byte of the disk: its words, the second 0 if there is only one."""
+        cluster = position >> self._cluster_bits
+        table = self._l2.slice(cluster >> self._slice_bits)
+        if table is None:
+            return 0, 0
+        at = (cluster & self._slice_mask) * self._words
+        return table[at], table[at + 1] if self._words == 2 else 0
+
+    def _unit(self, position: int) -> int:
+        """Bytes that a write into a part of this byte's cluster has to be made whole to: 1 if it can be done in place."""
+        entry, bitmap = self._entry(position)
+        if entry & _COMPRESSED:
+            return self._cluster
+        own = self._own(entry)
+        if self._words == 1:
+            return 1 if own and not entry & _ZERO else self._cluster
+        if entry & HOST_OFFSET and not own and bitmap & _ALL_ALLOCATED:
+            return self._cluster
+        return 1 if own and bitmap >> (position >> self._subcluster_bits & 31) & 1 else self.subcluster
+
+    def _own(self, entry: int) -> bool:
+        """Whether an entry has a cluster that is this image's alone."""
+        return entry & (COPIED | _COMPRESSED) == COPIED and bool(entry & HOST_OFFSET or self._external)
+
     async def write(self, offset: int, data: Data) -> None:
         stop = offset + len(data)
         if stop == offset:
             return
-        edges = set()  # the subclusters that this covers in part
-        if offset % SUBCLUSTER:
-            edges.add(offset & -SUBCLUSTER)
-        if stop % SUBCLUSTER and stop < self.size:
-            edges.add(stop & -SUBCLUSTER)
-        fetched: dict[int, Data] = {}
-        while missing := [edge for edge in edges if edge not in fetched and self._edge(edge).kind is Kind.BACKING]:
-            for edge in missing:
-                fetched[edge] = await self.backing.read(edge, min(SUBCLUSTER, self.size - edge))
-        self._store(*self._whole(offset, data, fetched))
-
-    def _edge(self, edge: int) -> Range:
-        return self.ranges(edge, min(edge + SUBCLUSTER, self.size))[0]
-
-    def _whole(self, offset: int, data: Data, fetched: dict[int, Data]) -> tuple[int, memoryview]:
-        """What to store for a write: its data, made whole at an edge that covers only a part of a subcluster not yet held."""
-        stop = offset + len(data)
-        head = tail = b""
-        first, last = offset & -SUBCLUSTER, stop - 1 & -SUBCLUSTER
-        if first != offset and (kind := self._edge(first).kind) is not Kind.DATA:
-            head = bytes((fetched[first] if kind is Kind.BACKING else bytes(SUBCLUSTER))[: offset - first])
-        if stop % SUBCLUSTER and (kind := self._edge(last).kind) is not Kind.DATA:
-            rest = fetched.get(last, b"") if kind is Kind.BACKING else b""
-            tail = bytes(rest[stop - last :]).ljust(SUBCLUSTER - (stop - last), b"\0")
-        if head or tail:
-            return offset - len(head), memoryview(b"".join((head, data, tail)))
-        return offset, memoryview(data)
+        mask = self._cluster - 1
+        while True:
+            first, last = offset, stop
+            if offset & mask:
+                first = offset & -self._unit(offset)
+            if stop & mask:
+                last = stop + -stop % self._unit(stop - 1)
+            if first == offset and last == stop:
+                return self._store(offset, stop, offset, data)
+            before = self._entry(offset), self._entry(stop - 1)
+            head = b"" if self._reads_as_zeroes(first, offset) else await self.read(first, offset - first)
+            end = min(last, self.size)
+            tail = b"" if end <= stop or self._reads_as_zeroes(stop, end) else await self.read(stop, end - stop)
+            if before == (self._entry(offset), self._entry(stop - 1)):
+                return self._store(first, last, offset - len(head), b"".join((head, data, tail)) if head or tail else data)
 
     def populate(self, offset: int, data: Data) -> None:
         """Save what the backing node has, in whole subclusters that are missing here (the last one may end with the disk).
 
         Zeroes are noted as such and take no room. Never suspends. Raises OSError.
         """
+        stop = offset + len(data) + -len(data) % self.subcluster
         if data == bytes(len(data)):
-            self._store_zeroes(offset, offset + len(data) + -len(data) % SUBCLUSTER)
+            self._store_zeroes(offset, stop, keep=True)
         else:
-            self._store(
-                offset,
-                memoryview(data if not len(data) % SUBCLUSTER else bytes(data).ljust(len(data) + -len(data) % SUBCLUSTER, b"\0")),
-            )
+            self._store(offset, stop, offset, data)
 
-    def _store(self, start: int, data: memoryview) -> None:
-        """Write to the file, mark every subcluster touched as held. One that is touched in part is held already.
+    def _store(self, first: int, stop: int, start: int, data: Data) -> None:
+        """Make ``first .. stop`` held: ``data`` from ``start`` on, and zeroes around it, which never reach a cluster further.
 
-        Each step is complete on its own: an error leaves what was written before it, and the rest unchanged.
+        What is not written in place is whole: ``first`` and ``stop`` are where :meth:`write` has found that they have to be. Never
+        suspends. Each step is complete on its own: an error leaves what was written before it, and the rest unchanged.
         """
-        base, stop = start, start + len(data)
-        while start < stop:
-            table = self._l2.table_for_writing(start // SPAN)
-            cluster = start >> CLUSTER_BITS
-            first = (cluster & L2_ENTRIES - 1) * 2
-            last = min((stop - 1 >> CLUSTER_BITS) - cluster, L2_ENTRIES - 1 - first // 2) * 2 + first
-            host = table[first] & HOST_OFFSET
-            if host:
-                count = 1
-                while first + 2 * count <= last and table[first + 2 * count] & HOST_OFFSET == host + count * CLUSTER:
+        self._begin_change()
+        view = memoryview(data)
+        bits, words = self._cluster_bits, self._words
+        position = first
+        while position < stop:
+            cluster = position >> bits
+            index = cluster >> self._slice_bits
+            table = self._l2.slice_for_writing(index)
+            at = (cluster & self._slice_mask) * words
+            most = min((stop - 1 >> bits) - cluster, self._slice_mask - (cluster & self._slice_mask)) + 1
+            in_place = self._own(table[at])
+            if in_place:
+                self._check_entries(table, at, 1, cluster)
+                host = table[at] & HOST_OFFSET
+                count, fresh = 1, False
+                while count < most and table[at + count * words] & _PLACE == COPIED | host + (count << bits):
                     count += 1
+                if not self._external:
+                    assert self._integrity is not None
+                    self._integrity.check_data(host >> bits, count)
             else:
                 count = 1
-                while first + 2 * count <= last and not table[first + 2 * count] & HOST_OFFSET:
+                while count < most and not self._own(table[at + count * words]):
                     count += 1
-                host, count = self._refcounts.allocate(count)
-            until = min(stop, (cluster + count) << CLUSTER_BITS)
+                self._check_entries(table, at, count, cluster)
+                host, count, fresh = self._allocate(cluster, count)
+            until = min(stop, cluster + count << bits)
+            low, high = max(position, start), min(until, start + len(view))
+            part: Data = view[low - start : high - start]
+            if not fresh and (low > position or high < until):
+                part = b"".join((bytes(low - position), part, bytes(until - high)))
+                low = position
             try:
-                self.file.write(host + (start & CLUSTER - 1), data[start - base : until - base])
+                self.data.write(host + low - (cluster << bits), part)
             except OSError:
-                if not table[first] & HOST_OFFSET:
-                    self._refcounts.give_back(host, count)
+                if not in_place and not self._external:
+                    assert self._refcounts is not None
+                    self._refcounts.free(host >> bits, count)
                 raise
-            words = array.array("Q")
-            for i in range(count):
-                bits = _bits(cluster + i, start, until)
-                words.append(host + i * CLUSTER | COPIED)
-                words.append((table[first + 2 * i + 1] | bits) & ~(bits << 32))
-            if words != table[first : first + 2 * count]:
-                self._l2.put(table, cluster, words)
-            start = until
+            old = table[at : at + count * words]
+            new = self._held(old, cluster, host, count, position, until)
+            if new != old:
+                self._l2.put(index, at, new)
+                if not in_place:
+                    self._let_go(old)
+            position = until
+
+    def _check_entries(self, table: "array.array[int]", at: int, count: int, cluster: int) -> None:
+        """Raises OSError (EIO) if one of the entries from ``at`` on, of the disk's ``cluster`` on, is damaged."""
+        end = self._refcounts.end if self._refcounts is not None else 0
+        for i in range(count):
+            entry, bitmap = table[at + i * self._words], table[at + 1 + i * self._words] if self._words == 2 else 0
+            position = cluster + i << self._cluster_bits
+            if entry or bitmap:
+                self._split([], entry, bitmap, position, position + 1) if self._words == 2 else self._classify(
+                    [], entry, position, position + 1
+                )
+                if not entry & _COMPRESSED and not self._external and (entry & HOST_OFFSET) >> self._cluster_bits >= end:
+                    raise self._bad_entry(position)
+
+    def _allocate(self, cluster: int, count: int) -> tuple[int, int, bool]:
+        """Room for ``count`` clusters of the disk at most: (offset in the data file, clusters, surely zero)."""
+        if self._external:
+            return cluster << self._cluster_bits, count, False
+        assert self._refcounts is not None
+        host, count, fresh = self._refcounts.allocate(count)
+        return host << self._cluster_bits, count, fresh
+
+    def _held(self, old: "array.array[int]", cluster: int, host: int, count: int, start: int, stop: int) -> "array.array[int]":
+        """The entries of ``count`` clusters when ``start .. stop`` of the disk is held in them."""
+        size = self._cluster
+        if self._words == 1:
+            return array.array("Q", [host + i * size | COPIED for i in range(count)])
+        new = array.array("Q")
+        for i in range(count):
+            bits = self._bits(cluster + i, start, stop)
+            entry, bitmap = old[2 * i], old[2 * i + 1]
+            new.append(host + i * size | COPIED)
+            new.append(bits if entry & _COMPRESSED else (bitmap | bits) & ~(bits << 32))
+        return new
+
+    def _bits(self, cluster: int, start: int, stop: int) -> int:
+        """The bitmap of a cluster's subclusters that ``start .. stop`` touches."""
+        base = cluster << self._cluster_bits
+        low = max(start - base, 0) >> self._subcluster_bits
+        high = -(-(min(stop, base + self._cluster) - base) >> self._subcluster_bits)
+        return (1 << high) - (1 << low)
+
+    def _let_go(self, entries: "array.array[int]") -> None:
+        """These entries are in the tables no more: count what they led to once less. Raises OSError."""
+        if self._external:
+            return
+        assert self._refcounts is not None
+        for entry in entries[:: self._words]:
+            if entry & _COMPRESSED:
+                offset, length = descriptor(entry, self._cluster_bits)
+                first = offset >> self._cluster_bits
+                self._refcounts.free(first, (offset + length - 1 >> self._cluster_bits) - first + 1)
+            elif entry & HOST_OFFSET:
+                self._refcounts.free((entry & HOST_OFFSET) >> self._cluster_bits, 1)
+
+    # Zeroes
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
-        """Whole subclusters become zero without taking room, whatever ``may_unmap`` says; only at the edges zeroes are written."""
+        """Whole subclusters become zero without being written, and whole clusters give their room back if ``may_unmap``."""
         stop = offset + length
-        first, last = offset + -offset % SUBCLUSTER, (stop if stop == self.size else stop & -SUBCLUSTER)
+        unit = self.subcluster
+        first, last = offset + -offset % unit, (stop + -stop % unit if stop == self.size else stop & -unit)
         if first >= last:
             return await self._write_zero_bytes(offset, stop)
         await self._write_zero_bytes(offset, first)
-        self._store_zeroes(first, last)
-        await self._write_zero_bytes(last, stop)
-
-    async def _write_zero_bytes(self, start: int, stop: int) -> None:
-        """Zeroes where subclusters are covered in part; what reads as zeroes already is left as it is."""
-        for part in self.ranges(start, stop):
-            if part.kind is not Kind.ZERO:
-                await self.write(part.start, bytes(part.stop - part.start))
-
-    def _store_zeroes(self, start: int, stop: int) -> None:
-        """Mark whole subclusters as zero (the last one may end with the disk)."""
-        while start < stop:
-            table = self._l2.table_for_writing(start // SPAN)
-            until = min(stop, (start // SPAN + 1) * SPAN)
-            cluster, end = start >> CLUSTER_BITS, until - 1 >> CLUSTER_BITS
-            position = (cluster & L2_ENTRIES - 1) * 2
-            old = table[position : position + (end - cluster + 1) * 2]
-            words = old[:]
-            words[1::2] = array.array("Q", [_ALL_ZERO]) * (len(words) // 2)
-            for edge in {cluster, end}:
-                at = (edge - cluster) * 2 + 1
-                bits = _bits(edge, start, until)
-                words[at] = (old[at] | bits << 32) & ~bits
-            if words != old:
-                self._l2.put(table, cluster, words)
-            start = until
+        await self._zero(first, last, not may_unmap)
+        if last < stop:
+            await self._write_zero_bytes(last, stop)
 
     async def discard(self, offset: int, length: int) -> None:
-        """Whole subclusters read as zeroes afterwards, as QEMU's do over a backing file; a part of one stays."""
+        """Whole subclusters read as zeroes afterwards; a part of one stays, and so does what version 2 has no entry for."""
         stop = offset + length
-        first, last = offset + -offset % SUBCLUSTER, (stop if stop == self.size else stop & -SUBCLUSTER)
+        unit = self.subcluster
+        first, last = offset + -offset % unit, (stop + -stop % unit if stop == self.size else stop & -unit)
+        if self._header.version < 3:
+            first = max(first, self._backed + -self._backed % unit)
         if first < last:
-            self._store_zeroes(first, last)
+            await self._zero(first, last, False)
+
+    async def _write_zero_bytes(self, start: int, stop: int) -> None:
+        """Zeroes as data; what reads as zeroes already is left as it is."""
+        while start < stop:
+            until = min(stop, start + _PIECE - start % _PIECE)
+            for part in self.ranges(start, until):
+                if not self._reads_as_zeroes(part.start, part.stop):
+                    await self.write(part.start, bytes(part.stop - part.start))
+            start = until
+
+    async def _zero(self, first: int, last: int, keep: bool) -> None:
+        """Make whole subclusters zero (the last one may end with the disk); ``keep`` their room."""
+        if self._header.version < 3:
+            backed = min(last, self._backed + -self._backed % self._cluster) if not keep else last
+            await self._write_zero_bytes(first, min(backed, self.size))
+            first = max(first, backed)
+        if self._header.raw_data_file and first < last:
+            self._begin_change()
+            await self.data.write_zeroes(first, min(last, self.size) - first, not keep)
+        slice_span = self._slice_bits + self._cluster_bits
+        while first < last:
+            until = min(last, ((first >> self._span_bits) + 1) << self._span_bits)
+            if first >= self._backed and not self.may_hold(first)[0]:
+                first = until
+                continue
+            until = min(until, ((first >> slice_span) + 1) << slice_span)
+            for start, stop in self._cut(first, until):
+                part = start & self._cluster - 1 or (stop & self._cluster - 1 and stop < self.size)
+                if part and self._entry(start)[0] & _COMPRESSED:
+                    await self._write_zero_bytes(start, min(stop, self.size))
+                else:
+                    await self._release(self._store_zeroes(start, stop, keep))
+            await trio.lowlevel.checkpoint()
+            first = until
+
+    def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """A range in its whole clusters and, by themselves, the parts of clusters at its ends."""
+        head = min(start + -start % self._cluster, stop)
+        tail = max(stop & -self._cluster, head)
+        return [(a, b) for a, b in ((start, head), (head, tail), (tail, stop)) if a < b]
+
+    def _store_zeroes(self, start: int, stop: int, keep: bool) -> list[tuple[int, int]]:
+        """Mark whole subclusters as zero. Never suspends. Raises OSError.
+
+        Gives back the clusters of the data file that nothing leads to any more, and that :meth:`_release` is to be called for.
+        """
+        self._begin_change()
+        bits, words = self._cluster_bits, self._words
+        released: list[tuple[int, int]] = []
+        while start < stop:
+            cluster = start >> bits
+            index = cluster >> self._slice_bits
+            until = min(stop, (index + 1) << self._slice_bits + bits)
+            count = (until - 1 >> bits) - cluster + 1
+            table = self._l2.slice_for_writing(index)
+            at = (cluster & self._slice_mask) * words
+            self._check_entries(table, at, count, cluster)
+            old = table[at : at + count * words]
+            new = old[:]
+            for i in range(count):
+                self._zero_entry(new, i * words, cluster + i, start, until, keep)
+            if new != old:
+                self._l2.put(index, at, new)
+                shared = array.array("Q")
+                for i in range(0, len(old), words):
+                    if old[i] & _PLACE == new[i] & _PLACE:
+                        continue
+                    if self._own(old[i]):
+                        _append_run(released, (old[i] & HOST_OFFSET) >> bits)
+                    else:
+                        shared.extend(old[i : i + words])
+                self._let_go(shared)
+            start = until
+        return released
+
+    def _zero_entry(self, table: "array.array[int]", at: int, cluster: int, start: int, stop: int, keep: bool) -> None:
+        """Change one entry of ``table`` to say that what ``start .. stop`` has of its cluster is zero."""
+        entry = table[at]
+        unbacked = cluster << self._cluster_bits >= self._backed
+        keep = keep and self._own(entry)
+        if self._words == 1:
+            if keep:
+                table[at] = entry | _ZERO
+            elif entry or not unbacked:
+                table[at] = _ZERO if self._header.version >= 3 else 0
+            return
+        bitmap = table[at + 1]
+        if entry == bitmap == 0 and unbacked:
+            return
+        bits = self._bits(cluster, start, stop)
+        bitmap = (bitmap & ~bits) | bits << 32
+        if entry & _COMPRESSED or (not bitmap & _ALL_ALLOCATED and not keep):
+            entry = 0
+        table[at], table[at + 1] = entry, bitmap
+
+    async def _release(self, runs: list[tuple[int, int]]) -> None:
+        """Give the room of clusters back: first in the file, and only then may they be used again."""
+        bits = self._cluster_bits
+        for cluster, count in runs:
+            with trio.CancelScope(shield=True):  # or they would be leaked
+                try:
+                    await self.data.discard(cluster << bits, count << bits)
+                finally:
+                    if not self._external:
+                        assert self._refcounts is not None
+                        self._refcounts.free(cluster, count)
+
+    # The rest
 
     async def flush(self) -> None:
         """Put this image on stable storage; the backing node is its owner's to flush."""
+        if self._external:
+            await self.data.sync()
         await self.file.sync()
 
+    @property
+    def damage(self) -> str:
+        """Why nothing is written to the image any more, empty if all is well."""
+        return self._integrity.damage if self._integrity is not None else ""
+
     async def close(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """As :meth:`close`, for those who cannot await."""
+        self._l2.close()
+        self._plain.close()
+        if self._refcounts is not None:
+            self._refcounts.close()
+        self.data.close()
         self.file.close()
+        if self._owns_backing and self.backing is not None:
+            self.backing.release()
 
     def remove(self) -> None:
         """Close the image and delete its file."""
-        self.file.close()
+        self.release()
         os.unlink(self.file.path)
 
 
-def _bits(cluster: int, start: int, stop: int) -> int:
-    """The bitmap of a cluster's subclusters that ``start .. stop`` touches."""
-    base = cluster << CLUSTER_BITS
-    low = max(start - base, 0) >> SUBCLUSTER_BITS
-    high = -(-(min(stop, base + CLUSTER) - base) >> SUBCLUSTER_BITS)
-    return (1 << high) - (1 << low)
-
-
 def _extend(found: list[Range], kind: Kind, start: int, stop: int, host: int) -> None:
-    if found and found[-1].kind is kind and (kind is not Kind.DATA or found[-1].host + start - found[-1].start == host):
-        found[-1] = Range(kind, found[-1].start, stop, found[-1].host)
+    if found:
+        last = found[-1]
+        if last.kind is kind and (last.host + start - last.start == host if kind is Kind.DATA else bool(last.host) == bool(host)):
+            found[-1] = Range(kind, last.start, stop, last.host)
+            return
+    found.append(Range(kind, start, stop, host))
+
+
+def _append_run(runs: list[tuple[int, int]], cluster: int) -> None:
+    if runs and sum(runs[-1]) == cluster:
+        runs[-1] = runs[-1][0], runs[-1][1] + 1
     else:
-        found.append(Range(kind, start, stop, host))
+        runs.append((cluster, 1))

@@ -1,100 +1,125 @@
-"""Where the clusters of the disk lie in an overlay's file: the L1 table and a bounded cache of L2 tables.
+"""Where the clusters of the disk lie: the L1 table, and a bounded cache of slices of L2 tables.
 
-An extended L2 entry is two 64-bit words (specification, "Extended L2 Entries"): the host cluster's offset, and a bitmap that says
-of each of its 32 subclusters whether it is allocated here (bits 0-31) or reads as zeroes (bits 32-63). Neither: the backing file
-has it. Owns both levels; every change is written to the file before it is made in memory, so memory never says more than the file.
+An L2 entry is one 64-bit word, or two with extended L2 entries (specification, "L1 table", "L2 table"). Tables are kept and read in
+slices of 4 KiB, so that random access neither reads nor keeps more than it needs. Owns both levels; every change is in the file
+before it is made in memory. An L2 table that a snapshot shares is copied before it is changed.
 """
 
 import array
 import errno
 import struct
-import sys
 from typing import Final
 
+from replfs.block.cache import Cache, Shelf
 from replfs.block.file import File
-from replfs.block.qcow2.header import CLUSTER, CLUSTER_BITS, L2_ENTRIES, Header
+from replfs.block.qcow2.header import HOST_OFFSET, Header
+from replfs.block.qcow2.integrity import Integrity
 from replfs.block.qcow2.refcounts import Refcounts
-from replfs.errors import ReplfsError
+from replfs.block.qcow2.words import from_words, to_words
 
-COPIED: Final = 1 << 63  # "the refcount is exactly one": always so here
-HOST_OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
-_L2_BITS: Final = CLUSTER_BITS - 4
-
-Table = array.array  # of "Q": two words for each cluster
+COPIED: Final = 1 << 63  # "the refcount is exactly one", so it may be written in place
+L2_TABLE: Final = "L2 table"
+_SLICE_WORDS_BITS: Final = 9
 
 
 class L2Tables:
-    """The tables of one image; at most ``limit`` L2 tables of 64 KiB stay in memory."""
+    """``refcounts`` and ``integrity`` are None for an image that is only read."""
 
-    def __init__(self, file: File, header: Header, refcounts: Refcounts, limit: int) -> None:
+    def __init__(self, file: File, header: Header, refcounts: Refcounts | None, integrity: Integrity | None, cache: Cache) -> None:
+        """Raises OSError if the L1 table cannot be read."""
         self._file = file
         self._refcounts = refcounts
+        self._integrity = integrity
+        self._cluster_bits = header.cluster_bits
         self._l1_offset = header.l1_offset
-        self._l1 = _words(file.read_now(header.l1_offset, header.l1_entries * 8))
-        if len(self._l1) != header.l1_entries:
-            raise ReplfsError(f"{file.path}: the L1 table is cut off: drop this overlay or repair it with qemu-img check -r")
-        self._limit = limit
-        self._cache: dict[int, array.array[int]] = {}  # least recently used first
-        self._newest = -1  # the table that is known to be last in the cache
+        self._l1 = to_words(file.read_now(header.l1_offset, header.l1_entries * 8).ljust(header.l1_entries * 8, b"\0"))
+        words_bits = 1 if header.extended else 0
+        self.slice_bits: Final = min(header.l2_bits, _SLICE_WORDS_BITS - words_bits)
+        """A slice holds the entries of ``1 << slice_bits`` clusters of the disk."""
+        self._slices_bits = header.l2_bits - self.slice_bits  # slices in a table
+        self._slice_bytes = 8 << self.slice_bits + words_bits
+        self._slices: Shelf[array.array[int]] = Shelf(cache, self._slice_bytes)
         self.changes = 0
         """Grows whenever an entry changes: a reader that suspended compares it before it looks up again."""
+        if integrity is not None:
+            integrity.survey("L1 table", range(header.l1_offset >> self._cluster_bits, self._l1_end()))
+            integrity.survey(L2_TABLE, [(entry & HOST_OFFSET) >> self._cluster_bits for entry in self._l1 if entry & HOST_OFFSET])
 
-    def __len__(self) -> int:
-        return len(self._l1)
+    def _l1_end(self) -> int:
+        return -(-(self._l1_offset + len(self._l1) * 8) >> self._cluster_bits)
 
-    def table(self, index: int) -> "array.array[int] | None":
-        """L2 table ``index``, None if there is none. Valid until the next await. Raises OSError (EIO: it is damaged)."""
-        table = self._cache.get(index)
-        if table is None:
-            offset = self._l1[index] & HOST_OFFSET
+    def close(self) -> None:
+        self._slices.close()
+
+    def has_table(self, index: int) -> bool:
+        """Whether there is an L2 table for the ``index``-th span of the disk."""
+        return bool(self._l1[index] & HOST_OFFSET)
+
+    def slice(self, index: int) -> "array.array[int] | None":
+        """Slice ``index`` of the disk, None if there is no table for it. Valid until the next await.
+
+        Raises OSError (EIO: the L1 entry is damaged).
+        """
+        found = self._slices.get(index)
+        if found is None:
+            table = index >> self._slices_bits
+            offset = self._l1[table] & HOST_OFFSET
             if not offset:
                 return None
-            if offset % CLUSTER:
-                raise OSError(errno.EIO, f"{self._file.path}: L1 entry {index} is damaged")
-            raw = self._file.read_now(offset, CLUSTER)
-            table = _words(raw + bytes(CLUSTER - len(raw)))
-            self._keep(index, table)
-        elif index != self._newest:
-            del self._cache[index]
-            self._cache[index] = table
-            self._newest = index
-        return table
+            if offset & ((1 << self._cluster_bits) - 1) or (raw := self._read(offset, index)) is None:
+                raise OSError(errno.EIO, f"{self._file.path}: L1 entry {table} is damaged")
+            found = to_words(raw)
+            self._slices.put(index, found)
+        return found
 
-    def table_for_writing(self, index: int) -> "array.array[int]":
-        """L2 table ``index``, made if there is none yet. Raises OSError."""
-        table = self.table(index)
-        if table is None:
-            offset, _ = self._refcounts.allocate(1)
-            try:
-                self._file.truncate(offset + CLUSTER)
-                self._file.write(self._l1_offset + index * 8, struct.pack(">Q", offset | COPIED))
-            except OSError:
-                self._refcounts.give_back(offset, 1)
-                raise
-            self._l1[index] = offset | COPIED
-            table = _words(bytes(CLUSTER))
-            self._keep(index, table)
-        return table
+    def _read(self, table: int, index: int) -> bytes | None:
+        """A slice from the file; None if the file ends before the table begins."""
+        raw = self._file.read_now(self._at(table, index), self._slice_bytes)
+        if not raw and self._file.length() <= table:
+            return None
+        return raw.ljust(self._slice_bytes, b"\0")
 
-    def put(self, table: "array.array[int]", cluster: int, words: "array.array[int]") -> None:
-        """Replace the entries from the disk's ``cluster`` on, all in this table. Raises OSError; then no entry has changed."""
-        position = (cluster & L2_ENTRIES - 1) * 2
-        raw = words[:]
-        if sys.byteorder == "little":
-            raw.byteswap()
-        self._file.write((self._l1[cluster >> _L2_BITS] & HOST_OFFSET) + position * 8, raw.tobytes())
-        table[position : position + len(words)] = words
+    def _at(self, table: int, index: int) -> int:
+        return table + (index & (1 << self._slices_bits) - 1) * self._slice_bytes
+
+    def slice_for_writing(self, index: int) -> "array.array[int]":
+        """Slice ``index``, of a table that is this image's alone: made or copied if there is none yet. Raises OSError."""
+        entry = self._l1[index >> self._slices_bits]
+        if not (entry & COPIED and entry & HOST_OFFSET):
+            self._own_table(index >> self._slices_bits)
+        found = self.slice(index)
+        assert found is not None
+        return found
+
+    def _own_table(self, table: int) -> None:
+        assert self._refcounts is not None
+        assert self._integrity is not None
+        size = 1 << self._cluster_bits
+        old = self._l1[table] & HOST_OFFSET
+        if old and (old & (size - 1) or old >= self._file.length()):
+            raise OSError(errno.EIO, f"{self._file.path}: L1 entry {table} is damaged")
+        cluster, _, fresh = self._refcounts.allocate(1)
+        offset = cluster << self._cluster_bits
+        try:
+            if old or not fresh:
+                self._file.write(offset, self._file.read_now(old, size).ljust(size, b"\0") if old else bytes(size))
+            else:
+                self._file.truncate(offset + size)
+            self._file.write(self._l1_offset + table * 8, struct.pack(">Q", offset | COPIED))
+        except OSError:
+            self._refcounts.free(cluster, 1)
+            raise
+        self._l1[table] = offset | COPIED
+        self._integrity.add(L2_TABLE, [cluster])
+        if old:
+            self._integrity.remove(L2_TABLE, [old >> self._cluster_bits])
+            self._refcounts.free(old >> self._cluster_bits, 1)
+
+    def put(self, index: int, position: int, words: "array.array[int]") -> None:
+        """Replace words of a slice from :meth:`slice_for_writing`. Raises OSError; then none has changed."""
+        found = self.slice(index)
+        assert found is not None
+        table = self._l1[index >> self._slices_bits] & HOST_OFFSET
+        self._file.write(self._at(table, index) + position * 8, from_words(words))
+        found[position : position + len(words)] = words
         self.changes += 1
-
-    def _keep(self, index: int, table: "array.array[int]") -> None:
-        if len(self._cache) >= self._limit:
-            del self._cache[next(iter(self._cache))]
-        self._cache[index] = table
-        self._newest = index
-
-
-def _words(raw: bytes) -> "array.array[int]":
-    words = array.array("Q", raw)
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words

@@ -1,65 +1,233 @@
-"""Which clusters of an overlay's file are in use, and the next free ones.
+"""Which clusters of an image's file are in use: the refcount table, a bounded cache of refcount blocks, and what gives out new
+clusters.
 
-Owns the refcount table (in memory, and written through) and the end of the file. Clusters are given out in order, at the end
-only; a refcount block is made where the clusters that it counts begin, so the first cluster that it counts is itself
+Every change is in the file before it is made in memory. Free clusters are looked for from the lowest that may be free on, a bounded
+stretch at a time; when none is found in it, the file grows. A refcount block that is missing is made at the first cluster that it
+counts, so it counts itself; a table that is full is replaced by a larger one behind everything that the old one could count
 (specification, "Host cluster management").
 """
 
+import array
 import errno
 import struct
 from typing import Final
 
+from replfs.block.cache import Cache, Shelf
 from replfs.block.file import File
-from replfs.block.qcow2.header import CLUSTER, Header
-from replfs.errors import ReplfsError
+from replfs.block.qcow2.header import REFCOUNT_TABLE_AT, REFCOUNT_TABLE_LIMIT, Header
+from replfs.block.qcow2.integrity import Integrity
+from replfs.block.qcow2.words import from_words, to_words
 
-PER_BLOCK: Final = CLUSTER // 2
-"""16-bit refcounts in one refcount block."""
+_SCAN_BYTES: Final = 1 << 20
+"""Of refcount blocks, that one allocation looks through before the file grows."""
 
-_ONE: Final = b"\0\1"
+TABLE: Final = "refcount table"
+BLOCK: Final = "refcount block"
+
+
+class Block:
+    """One refcount block: entries of ``1 << order`` bits, as they are in the file."""
+
+    __slots__ = ("_order", "raw")
+
+    _HAS_NO_ZERO: Final = tuple(
+        bytes(all(byte >> shift & (1 << (1 << order)) - 1 for shift in range(0, 8, 1 << order)) for byte in range(256))
+        for order in range(3)
+    )
+    """For entries of less than a byte: which bytes hold no entry that is zero."""
+
+    def __init__(self, raw: bytearray, order: int) -> None:
+        self.raw = raw
+        self._order = order
+
+    def get(self, position: int) -> int:
+        order = self._order
+        if order >= 3:
+            width = 1 << order - 3
+            return int.from_bytes(self.raw[position * width : (position + 1) * width])
+        bit = position << order
+        return self.raw[bit >> 3] >> (bit & 7) & (1 << (1 << order)) - 1
+
+    def changed(self, position: int, values: list[int]) -> tuple[int, bytes]:
+        """What the file has to hold for entries to have these values: (byte in the block, bytes)."""
+        order = self._order
+        if order >= 3:
+            width = 1 << order - 3
+            return position * width, b"".join([value.to_bytes(width) for value in values])
+        first, last = position << order >> 3, (position + len(values) - 1 << order) >> 3
+        copy = self.raw[first : last + 1]
+        mask = (1 << (1 << order)) - 1
+        for i, value in enumerate(values, position):
+            bit = (i << order) - first * 8
+            copy[bit >> 3] = copy[bit >> 3] & ~(mask << (bit & 7)) | value << (bit & 7)
+        return first, bytes(copy)
+
+    def find_free(self, position: int) -> int | None:
+        """The first entry from ``position`` on that is zero."""
+        order, raw = self._order, self.raw
+        if order >= 3:
+            width = 1 << order - 3
+            at = raw.find(bytes(width), position * width)
+            while at >= 0 and at % width:
+                at = raw.find(bytes(width), at + 1)
+            return at // width if at >= 0 else None
+        per_byte = 8 >> order
+        until = -(-position // per_byte) * per_byte
+        for i in range(position, until):
+            if not self.get(i):
+                return i
+        at = raw.translate(self._HAS_NO_ZERO[order]).find(0, until // per_byte)
+        return next((i for i in range(at * per_byte, (at + 1) * per_byte) if not self.get(i)), None) if at >= 0 else None
 
 
 class Refcounts:
-    def __init__(self, file: File, header: Header) -> None:
-        """Raises ReplfsError if the refcount table cannot be right, OSError if it cannot be read."""
+    def __init__(self, file: File, header: Header, integrity: Integrity, cache: Cache) -> None:
+        """Raises OSError if the table cannot be read."""
         self._file = file
+        self._integrity = integrity
+        self._cluster_bits = header.cluster_bits
+        self._order = header.refcount_order
+        self.per_block: Final = header.cluster * 8 >> header.refcount_order
+        """Clusters that one block counts."""
         self._table_offset = header.refcount_table_offset
-        raw = file.read_now(header.refcount_table_offset, header.refcount_table_clusters * CLUSTER)
-        self._table = list(struct.unpack(f">{len(raw) // 8}Q", raw))
-        length = file.length()
-        if any(offset % CLUSTER or offset >= length for offset in self._table):
-            raise ReplfsError(f"{file.path}: the refcount table is damaged: drop this overlay or repair it with qemu-img check -r")
-        self._next = -(-length // CLUSTER)
+        self._table = to_words(file.read_now(self._table_offset, header.refcount_table_clusters << header.cluster_bits))
+        self._blocks: Shelf[Block] = Shelf(cache, header.cluster)
+        self._lowest = 0  # no cluster below is free, as far as is known
+        self.end = -(-file.length() >> header.cluster_bits)
+        """Clusters from here on were never written to."""
+        integrity.survey(TABLE, self._table_clusters())
+        integrity.survey(BLOCK, [entry >> header.cluster_bits for entry in self._table if entry])
 
-    def allocate(self, wanted: int) -> tuple[int, int]:
-        """Count up to ``wanted`` clusters as used: (offset of the first, how many). They read as zeroes.
+    def _table_clusters(self) -> range:
+        first = self._table_offset >> self._cluster_bits
+        return range(first, first + (len(self._table) * 8 >> self._cluster_bits))
 
-        Raises OSError (ENOSPC and others); nothing is allocated then. :meth:`give_back` undoes it.
+    def close(self) -> None:
+        self._blocks.close()
+
+    # Looking up
+
+    def get(self, cluster: int) -> int:
+        """A cluster's refcount. Raises OSError."""
+        index, position = divmod(cluster, self.per_block)
+        block = self._block(index) if index < len(self._table) else None
+        return 0 if block is None else block.get(position)
+
+    def _block(self, index: int) -> Block | None:
+        block = self._blocks.get(index)
+        if block is None and (offset := self._table[index]):
+            if offset & ((1 << self._cluster_bits) - 1) or offset >= self.end << self._cluster_bits:
+                raise self._integrity.damaged(f"refcount table entry {index} is {offset:#x}")
+            size = 1 << self._cluster_bits
+            block = Block(bytearray(self._file.read_now(offset, size).ljust(size, b"\0")), self._order)
+            self._blocks.put(index, block)
+        return block
+
+    # Changing
+
+    def allocate(self, wanted: int) -> tuple[int, int, bool]:
+        """Count up to ``wanted`` neighbouring clusters as used once: (the first, how many, whether they surely read as zeroes).
+
+        Raises OSError (ENOSPC and others); nothing is allocated then. :meth:`free` undoes it.
         """
-        index, position = divmod(self._next, PER_BLOCK)
-        if index >= len(self._table):
-            raise OSError(errno.EFBIG, f"{self._file.path}: the refcount table is full")
-        if not self._table[index]:
-            self._add_block(index, position)
-            position += 1
-        count = min(wanted, PER_BLOCK - position)
-        first = self._next
-        self._file.write(self._table[index] + position * 2, _ONE * count)
-        self._next = first + count
-        return first * CLUSTER, count
+        first, growing, to_scan = self._lowest, False, _SCAN_BYTES
+        while True:
+            index, position = divmod(first, self.per_block)
+            if index >= len(self._table):
+                self._grow()
+                continue
+            block = self._block(index) or self._add_block(index, first)
+            free = block.find_free(position)
+            if free is not None:
+                break
+            first = (index + 1) * self.per_block
+            if not growing:
+                self._lowest = first
+                to_scan -= len(block.raw)
+                if to_scan < 0:
+                    first, growing = max(first, self.end), True
+        first = index * self.per_block + free
+        count = 1
+        while count < wanted and free + count < self.per_block and not block.get(free + count):
+            count += 1
+        self._integrity.check_data(first, count)
+        self._set(index, block, free, [1] * count)
+        if not growing:
+            self._lowest = first + count
+        fresh = first >= self.end
+        self.end = max(self.end, first + count)
+        return first, count, fresh
 
-    def give_back(self, offset: int, count: int) -> None:
-        """Undo the latest :meth:`allocate`: nothing points to these clusters. Raises OSError; then they stay counted."""
-        index, position = divmod(offset // CLUSTER, PER_BLOCK)
-        self._file.write(self._table[index] + position * 2, bytes(2 * count))
-        self._file.truncate(offset)
-        self._next = offset // CLUSTER
+    def free(self, cluster: int, count: int) -> None:
+        """Count clusters as used once less. Raises OSError (EIO, the image is marked corrupt) if one is metadata or not in use."""
+        self._integrity.check_data(cluster, count)
+        while count:
+            index, position = divmod(cluster, self.per_block)
+            block = self._block(index) if index < len(self._table) else None
+            here = min(count, self.per_block - position)
+            values = [block.get(position + i) - 1 for i in range(here)] if block else [-1]
+            if block is None or min(values) < 0:
+                raise self._integrity.damaged(f"cluster {cluster + values.index(-1)} is used and not counted")
+            self._set(index, block, position, values)
+            if 0 in values:
+                self._lowest = min(self._lowest, cluster + values.index(0))
+            cluster += here
+            count -= here
 
-    def _add_block(self, index: int, position: int) -> None:
-        """A refcount block at the end of the file that counts itself: at its own beginning, but for the clusters before it."""
-        offset = self._next * CLUSTER
-        self._file.truncate(offset + CLUSTER)
-        self._file.write(offset + position * 2, _ONE)
+    def _set(self, index: int, block: Block, position: int, values: list[int]) -> None:
+        at, data = block.changed(position, values)
+        self._file.write(self._table[index] + at, data)
+        block.raw[at : at + len(data)] = data
+
+    def _add_block(self, index: int, cluster: int) -> Block:
+        """A block at ``cluster``, which it counts itself: the file has none for these clusters, so they are all free."""
+        self._integrity.check_data(cluster, 1)
+        offset = cluster << self._cluster_bits
+        block = Block(bytearray(1 << self._cluster_bits), self._order)
+        at, data = block.changed(cluster % self.per_block, [1])
+        block.raw[at : at + len(data)] = data
+        if cluster >= self.end:
+            self._file.truncate(offset + len(block.raw))
+            self._file.write(offset + at, data)
+        else:
+            self._file.write(offset, block.raw)
         self._file.write(self._table_offset + index * 8, struct.pack(">Q", offset))
         self._table[index] = offset
-        self._next += 1
+        self._integrity.add(BLOCK, [cluster])
+        self._blocks.put(index, block)
+        self.end = max(self.end, cluster + 1)
+        return block
+
+    def _grow(self) -> None:
+        """Replace the table by a larger one, behind all that the old one counts, with the blocks that count both."""
+        bits, per_block, old = self._cluster_bits, self.per_block, len(self._table)
+        start = max(self.end, old * per_block)
+        table_clusters = blocks = 1
+        while True:
+            stop = start + table_clusters + blocks
+            first_index, last_index = start // per_block, (stop - 1) // per_block
+            need_table = -(-max(last_index + 1, old + old // 2) * 8 >> bits)
+            need_blocks = last_index - first_index + 1
+            if need_table <= table_clusters and need_blocks <= blocks:
+                break
+            table_clusters, blocks = max(table_clusters, need_table), max(blocks, need_blocks)
+        if table_clusters << bits > REFCOUNT_TABLE_LIMIT:
+            raise OSError(errno.EFBIG, f"{self._file.path}: its refcount table is as large as QEMU allows")
+        table = array.array("Q", [*self._table, *bytes((table_clusters << bits - 3) - old)])
+        self._file.truncate(stop << bits)
+        for i in range(blocks):
+            index = first_index + i
+            block = Block(bytearray(1 << bits), self._order)
+            low, high = max(start, index * per_block), min(stop, (index + 1) * per_block)
+            at, data = block.changed(low - index * per_block, [1] * (high - low))
+            block.raw[at : at + len(data)] = data
+            table[index] = start + table_clusters + i << bits
+            self._file.write(table[index], block.raw)
+        self._file.write(start << bits, from_words(table))
+        self._file.write(REFCOUNT_TABLE_AT, struct.pack(">QI", start << bits, table_clusters))
+        old_clusters = self._table_clusters()
+        self._table, self._table_offset, self.end = table, start << bits, stop
+        self._integrity.remove(TABLE, old_clusters)
+        self._integrity.add(TABLE, self._table_clusters())
+        self._integrity.add(BLOCK, range(start + table_clusters, stop))
+        self.free(old_clusters.start, len(old_clusters))

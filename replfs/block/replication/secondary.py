@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from replfs.block.locks import Gate, RangeLocks
 from replfs.block.node import Data, Extent, Node
-from replfs.block.qcow2.header import SUBCLUSTER
 from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.overlay import SUBCLUSTER
 from replfs.block.replication.rules import Stage
 
 

@@ -1,0 +1,93 @@
+"""The overlays of a secondary: empty images over another disk, of a layout that makes small writes cheap.
+
+Version 3, 64 KiB clusters, extended L2 entries (subclusters of 2 KiB), 16-bit refcounts. The file's layout when it is made:
+header | refcount table | refcount blocks | L1 table. The refcount table is made as large as the overlay can ever need, so that it
+never has to move; that is one cluster for each 16 TiB.
+"""
+
+import errno
+import os
+import struct
+from typing import Final
+
+from replfs.block.cache import Cache
+from replfs.block.file import File
+from replfs.block.qcow2.header import BACKING_NAME_LIMIT, EXTENDED_L2, LARGEST_CLUSTER, SECTOR, Header
+from replfs.block.qcow2.image import Image
+from replfs.block.raw import Raw
+from replfs.errors import ReplfsError, printable
+
+CLUSTER_BITS: Final = 16
+CLUSTER: Final = 1 << CLUSTER_BITS
+SUBCLUSTER: Final = CLUSTER // 32
+SPAN: Final = CLUSTER // 16 * CLUSTER
+"""Bytes of the disk that one L2 table maps."""
+
+_REFCOUNT_ORDER: Final = 4
+_PER_BLOCK: Final = CLUSTER // 2
+
+
+def create_overlay(path: str, size: int, backing_file: str, backing_format: str) -> None:
+    """Make ``path`` an empty overlay for a disk of ``size`` bytes, on stable storage; its directory is not synced.
+
+    qcow2 counts whole sectors, so a size that is not a multiple of 512 is rounded up. ``backing_file`` goes into the header as it
+    is. Raises OSError, also if there is such a file, and ReplfsError for a name that is too long; then no file is left behind.
+    """
+    if len(backing_file.encode(errors="surrogateescape")) > BACKING_NAME_LIMIT:
+        raise ReplfsError(
+            f"{path}: the backing file's name has more than {BACKING_NAME_LIMIT} bytes, which qcow2 cannot hold: {backing_file}"
+        )
+    size += -size % SECTOR
+    l1_entries = -(-size // SPAN)
+    l1_clusters = -(-l1_entries * 8 // CLUSTER)
+    at_most = 1 + l1_clusters + -(-size // CLUSTER) + l1_entries  # with every cluster of the disk written once
+    blocks_at_most = -(-at_most // (_PER_BLOCK - 1)) + 1
+    table_clusters = -(-blocks_at_most * 8 // CLUSTER)
+    first_block = 1 + table_clusters
+    blocks = 1
+    while first_block + blocks + l1_clusters > blocks * _PER_BLOCK:
+        blocks += 1
+    used = first_block + blocks + l1_clusters
+    header = Header(
+        version=3,
+        size=size,
+        cluster_bits=CLUSTER_BITS,
+        l1_offset=(first_block + blocks) * CLUSTER,
+        l1_entries=l1_entries,
+        refcount_table_offset=CLUSTER,
+        refcount_table_clusters=table_clusters,
+        refcount_order=_REFCOUNT_ORDER,
+        incompatible=EXTENDED_L2,
+        backing_file=backing_file,
+        backing_format=backing_format,
+    )
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, used * CLUSTER)
+        os.pwrite(fd, b"".join(struct.pack(">Q", (first_block + i) * CLUSTER) for i in range(blocks)), CLUSTER)
+        os.pwrite(fd, b"\0\1" * used, first_block * CLUSTER)
+        os.pwrite(fd, header.to_bytes(), 0)
+        os.fsync(fd)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def open_overlay(path: str, backing: Raw | Image, cache: Cache) -> Image:
+    """Open an overlay over ``backing``, whose size it has (its header's is that, in whole sectors). Raises ReplfsError."""
+    try:
+        file = File.open(path, writable=True)
+        try:
+            header = Header.parse(file.read_now(0, LARGEST_CLUSTER), file.length(), path)
+            if header.cluster_bits != CLUSTER_BITS or header.incompatible & ~EXTENDED_L2 != 0 or not header.extended:
+                raise ReplfsError(f"{printable(path)} is not an overlay that replfs has made, or is damaged")
+            if header.size != backing.size + -backing.size % SECTOR:
+                raise ReplfsError(f"{printable(path)} is for a disk of {header.size} bytes, and the disk has {backing.size}")
+            return Image(file, header, backing, cache, size=backing.size)
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise ReplfsError(f"cannot open the overlay {printable(path)}: {error.strerror}", error.errno or errno.EIO) from error
