@@ -2,23 +2,33 @@
 # replfs at work, on this machine and within a minute: two disks with a real ext4 file system, a primary and a secondary, changes
 # on both sides, a checkpoint, and a failover under a running writer; e2fsck and checksums at the end. Nothing is left behind.
 #
-#   scripts/demo.sh                 set up what is missing, and go
-#   scripts/demo.sh --no-setup      go, with the replfs that is in PATH
+#   scripts/demo.sh [--qcow2] [--no-setup]
+#
+# With --qcow2 each disk is a compressed qcow2 image over a backing file; without, it is raw. With --no-setup what is in PATH is used;
+# else what is missing is set up first.
 #
 # Exit status: 0 all is as it should be; 1 a check or a command failed, which a line on standard error names.
 set -eu
 cd "$(dirname "$0")/.."
-case "$*" in
-    "")
-        scripts/setup.sh
-        PATH="$PWD/.venv/bin:$PATH"
-        ;;
-    --no-setup) ;;
-    *)
-        echo "usage: scripts/demo.sh [--no-setup]" >&2
-        exit 2
-        ;;
-esac
+format=raw
+setup=yes
+for argument; do
+    case $argument in
+        --qcow2) format=qcow2 ;;
+        --no-setup) setup=no ;;
+        *)
+            echo "usage: scripts/demo.sh [--qcow2] [--no-setup]" >&2
+            exit 2
+            ;;
+    esac
+done
+if [ $setup = yes ]; then
+    case $format in # qcow2 images are made with qemu-utils, which only the tests need otherwise
+        raw) scripts/setup.sh ;;
+        qcow2) scripts/setup.sh test ;;
+    esac
+    PATH="$PWD/.venv/bin:$PATH"
+fi
 PATH="$PATH:/usr/sbin:/sbin" # an ordinary user's lacks them, and debugfs is there
 LC_ALL=C
 export PATH LC_ALL
@@ -85,6 +95,16 @@ trap 'leave 143' TERM
 sum() { # FILE: the start of its checksum
     checksum=$($AT_MOST sha256sum "$1")
     echo "$checksum" | cut -c 1-16
+}
+
+content() { # SIDE: what its disk holds now, as a raw file
+    case $format in
+        raw) echo "$1.raw" ;;
+        qcow2)
+            $AT_MOST qemu-img convert -U -f qcow2 -O raw "$1.qcow2" "$1.content" >>"$log" 2>&1 || fail "$1.qcow2 cannot be read"
+            echo "$1.content"
+            ;;
+    esac
 }
 
 same() { # FILE FILE WHAT
@@ -166,15 +186,24 @@ mkdir files primary secondary
 seq 200000 >files/numbers
 head -c 5000000 /dev/urandom >files/random
 ring 0 >files/ring
-mkfs.ext4 -q -b 4096 -d files primary.raw "${DISK_MIB}M" </dev/null >>"$log" 2>&1
-cp primary.raw secondary.raw
+mkfs.ext4 -q -b 4096 -d files base.raw "${DISK_MIB}M" </dev/null >>"$log" 2>&1
+for side in primary secondary; do
+    case $format in
+        raw) cp base.raw $side.raw ;;
+        qcow2) # the first 64 MiB are the backing file's; what differs from it, the rest of the disk, is compressed
+            [ -e half.raw ] || head -c $((DISK_MIB << 19)) base.raw >half.raw
+            $AT_MOST qemu-img convert -c -O qcow2 -B half.raw -F raw base.raw $side.qcow2 >>"$log" 2>&1
+            ;;
+    esac
+done
+[ $format = raw ] || $AT_MOST qemu-img info primary.qcow2 >>"$log"
 head -c 1500000 /dev/urandom >first
 head -c 1500000 /dev/urandom >second
 head -c 40000000 /dev/urandom >own
 
 say "2. A secondary, and a primary that forwards to it through a unix socket: both sides are mounted."
-$AT_MOST replfs secondary secondary.raw secondary --listen unix:nbd.sock </dev/null >>"$log" 2>&1
-$AT_MOST replfs primary primary.raw primary --target 'nbd+unix:///disk?socket=nbd.sock' </dev/null >>"$log" 2>&1
+$AT_MOST replfs secondary secondary.$format secondary --format $format --listen unix:nbd.sock </dev/null >>"$log" 2>&1
+$AT_MOST replfs primary primary.$format primary --format $format --target 'nbd+unix:///disk?socket=nbd.sock' </dev/null >>"$log" 2>&1
 processes="$(process secondary) $(process primary)"
 near=primary/disk.img
 far=secondary/disk.img
@@ -184,7 +213,7 @@ say "3. A file goes into the primary's file system. The secondary's disk has it,
 before=$(sum "$far")
 put "$near" first /first
 [ "$(sum "$far")" = "$before" ] || fail "the secondary's view has moved before the checkpoint"
-same "$near" secondary.raw "what the primary has forwarded"
+same "$near" "$(content secondary)" "what the primary has forwarded"
 lacks "$far" /first
 sound "$far"
 status hidden secondary
@@ -197,11 +226,11 @@ detail "was $before, is now $(sum "$far") on both sides"
 
 say "5. Each side writes on its own, and neither sees the other: the primary's disk is what its own machine made it."
 put "$near" second /second
-before=$(sum primary.raw)
+before=$(sum "$(content primary)")
 put "$far" own /own
-[ "$(sum primary.raw)" = "$before" ] || fail "the primary's disk has changed with the secondary's"
-same "$near" primary.raw "the primary's view and disk"
-same secondary.raw primary.raw "the secondary's disk, which only the primary changes,"
+[ "$(sum "$(content primary)")" = "$before" ] || fail "the primary's disk has changed with the secondary's"
+same "$near" "$(content primary)" "the primary's view and disk"
+same "$(content secondary)" "$(content primary)" "the secondary's disk, which only the primary changes,"
 lacks "$far" /second
 lacks "$near" /own
 status active secondary
@@ -234,15 +263,15 @@ status stage secondary
 detail "$(written) blocks written: $at_start before the failover, $((at_end - at_start)) during it, the rest after it"
 
 say "7. The old primary still writes to its own disk, and no longer to the secondary's."
-before=$(sum secondary.raw)
+before=$(sum "$(content secondary)")
 put "$near" first /late
-[ "$(sum secondary.raw)" = "$before" ] || fail "the old primary has changed the secondary's disk"
+[ "$(sum "$(content secondary)")" = "$before" ] || fail "the old primary has changed the secondary's disk"
 status target primary
 
 say "8. The proof: view and disk are the same, e2fsck finds nothing, and each file is right."
-same "$far" secondary.raw "after the failover"
+same "$far" "$(content secondary)" "after the failover"
 ring "$(written)" >ring
-for image in "$far" secondary.raw; do
+for image in "$far" "$(content secondary)"; do
     sound "$image"
     for file in numbers random; do
         holds "$image" "files/$file" "/$file"
@@ -256,7 +285,12 @@ sound "$near"
 view=$(sum "$far")
 $AT_MOST replfs umount primary
 $AT_MOST replfs umount secondary
-[ "$(sum secondary.raw)" = "$view" ] || fail "the disk is not what the view was"
+[ "$(sum "$(content secondary)")" = "$view" ] || fail "the disk is not what the view was"
 ! grep -h 'ERROR\|Traceback' ./*.replfs/replfs.log >&2 || fail "replfs has logged an error"
-detail "view $view = disk $(sum secondary.raw)"
+if [ $format = qcow2 ]; then
+    for side in primary secondary; do
+        $AT_MOST qemu-img check $side.qcow2 >>"$log" 2>&1 || fail "qemu-img check finds errors in $side.qcow2"
+    done
+fi
+detail "view $view = disk $(sum "$(content secondary)")"
 echo "All is as it should be."

@@ -37,8 +37,9 @@ def test_script(script: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(_DEMO_SECONDS + 60)
-def test_demo(tmp_path: Path) -> None:
-    with _running([str(_DEMO), "--no-setup"], _DEMO.parent, tmp_path) as process:
+@pytest.mark.parametrize("options", [[], ["--qcow2"]], ids=["raw", "qcow2"])
+def test_demo(options: list[str], tmp_path: Path) -> None:
+    with _running([str(_DEMO), "--no-setup", *options], _DEMO.parent, tmp_path) as process:
         _assert_success(process, _DEMO_SECONDS)
     assert list(tmp_path.iterdir()) == []
 
