@@ -12,11 +12,14 @@ from replfs.block.qcow2.header import HOST_OFFSET, BitmapDirectory
 from replfs.block.qcow2.words import to_words
 
 _ENTRY: Final = struct.Struct(">QIIBBHI")
+_DIRECTORY_LIMIT: Final = 1 << 20
 _TABLE_LIMIT: Final = 1 << 20  # entries, each for a whole cluster of bits
 
 
 def clusters(file: File, directory: BitmapDirectory, cluster_bits: int) -> tuple[range, list[int]] | None:
-    """The clusters of the directory, and those of the bitmaps' tables and data; None if it is damaged. Raises OSError."""
+    """The clusters of the directory, and those of the bitmaps' tables and data; None if it is doubtful. Raises OSError."""
+    if directory.length > _DIRECTORY_LIMIT:
+        return None
     size = 1 << cluster_bits
     raw = file.read_now(directory.offset, directory.length)
     length = file.length()

@@ -38,6 +38,9 @@ _ALL_ZERO: Final = 0xFFFF_FFFF << 32
 _PLACE: Final = COPIED | _COMPRESSED | HOST_OFFSET
 """The bits of an entry that say where its bytes are, and whose they are."""
 
+_IN_PLACE: Final = COPIED | _COMPRESSED | _ZERO
+"""Of these bits, an entry whose cluster may simply be written to has COPIED alone."""
+
 _PIECE: Final = 1 << 20
 
 
@@ -118,18 +121,15 @@ class Image(Node):
         found, table_length = snapshots.read(self.file, header)
         if header.incompatible & DIRTY:
             header = rebuild_refcounts(self.file, header, found, table_length)
-        bits = header.cluster_bits
         integrity = self._integrity = Integrity(self.file, header)
-        integrity.survey("header", [0])
+        integrity.survey("header", 0, header.cluster)
         self._refcounts = Refcounts(self.file, header, integrity, cache)
         if found:
-            first = header.snapshots_offset
-            integrity.survey("snapshot table", range(first >> bits, -(-(first + table_length) >> bits)))
+            integrity.survey("snapshot table", header.snapshots_offset, table_length)
         for offset, entries in found:
-            integrity.survey("snapshot's L1 table", range(offset >> bits, -(-(offset + entries * 8) >> bits)))
+            integrity.survey("snapshot's L1 table", offset, entries * 8)
         if header.bitmaps is not None:
-            first = header.bitmaps.offset
-            integrity.survey("bitmap directory", range(first >> bits, -(-(first + header.bitmaps.length) >> bits)))
+            integrity.survey("bitmap directory", header.bitmaps.offset, header.bitmaps.length)
         return header
 
     # What is held where
@@ -357,7 +357,7 @@ class Image(Node):
 
     async def write(self, offset: int, data: Data) -> None:
         stop = offset + len(data)
-        if stop == offset:
+        if stop == offset or self._overwrite(offset, stop, data):
             return
         mask = self._cluster - 1
         while True:
@@ -374,6 +374,31 @@ class Image(Node):
             tail = b"" if end <= stop or self._reads_as_zeroes(stop, end) else await self.read(stop, end - stop)
             if before == (self._entry(offset), self._entry(stop - 1)):
                 return self._store(first, last, offset - len(head), b"".join((head, data, tail)) if head or tail else data)
+
+    def _overwrite(self, offset: int, stop: int, data: Data) -> bool:
+        """Write to what is held already, within one cluster and without a change to any table; False if it is not that simple."""
+        bits = self._cluster_bits
+        cluster = offset >> bits
+        index = cluster >> self._slice_bits
+        table = self._l2.slice(index)
+        if table is None or stop - 1 >> bits != cluster or self._unchanged:
+            return False
+        at = (cluster & self._slice_mask) * self._words
+        entry = table[at]
+        host = entry & HOST_OFFSET
+        if entry & _IN_PLACE != COPIED or not host or host & self._cluster - 1 or not self._l2.owns(index):
+            return False
+        if self._words == 2:
+            wanted = self._bits(cluster, offset, stop)
+            if table[at + 1] & (wanted | wanted << 32) != wanted:
+                return False
+        if not self._external:
+            assert self._integrity is not None
+            assert self._refcounts is not None
+            if host >> bits >= self._refcounts.end or self._integrity.forbids(host >> bits):
+                return False
+        self.data.write(host + (offset & self._cluster - 1), data)
+        return True
 
     def populate(self, offset: int, data: Data) -> None:
         """Save what the backing node has, in whole subclusters that are missing here (the last one may end with the disk).

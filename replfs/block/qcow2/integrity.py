@@ -6,21 +6,22 @@ logged, the corrupt bit is set as QEMU does, and from then on nothing is written
 Known metadata is all that the header leads to but the L2 tables of snapshots and the contents of bitmaps, as in QEMU's default.
 """
 
+import array
 import errno
 import logging
 import struct
-from collections.abc import Collection, Iterable
 from typing import Final
 
 from pyroaring import BitMap64
 
 from replfs.block.file import File
-from replfs.block.qcow2.header import AUTOCLEAR_AT, CORRUPT, INCOMPATIBLE_AT, Header
+from replfs.block.qcow2.header import AUTOCLEAR_AT, CORRUPT, HOST_OFFSET, INCOMPATIBLE_AT, Header
 from replfs.errors import printable
 
 logger = logging.getLogger(__name__)
 
 _BITS: Final = struct.Struct(">Q")
+_PIECE: Final = 1 << 16  # entries of a table, at once
 
 
 class Integrity:
@@ -28,6 +29,7 @@ class Integrity:
 
     def __init__(self, file: File, header: Header) -> None:
         self._file = file
+        self._bits = header.cluster_bits
         self._version = header.version
         self._incompatible = header.incompatible
         self._autoclear = header.autoclear
@@ -39,31 +41,46 @@ class Integrity:
 
     # Metadata
 
-    def survey(self, kind: str, clusters: Collection[int]) -> None:
-        """Note metadata that the image has when it is opened. Where it overlaps, the first attempt to write will find out."""
-        new = BitMap64(clusters)
-        if len(new) != len(clusters):
-            self._suspicion = self._suspicion or f"a {kind} overlaps another"
-        elif not new.isdisjoint(self._all):
-            self._suspicion = self._suspicion or f"a {kind} overlaps the {self._kind(min(new & self._all))}"
+    def survey(self, kind: str, offset: int, length: int) -> None:
+        """Note metadata that the image has when it is opened, in bytes. Where it overlaps, the first attempt to write will tell."""
+        self._note(kind, _clusters(range(offset >> self._bits, -(-(offset + length) >> self._bits))))
+
+    def survey_table(self, kind: str, table: "array.array[int]") -> None:
+        """Note the clusters that a table's entries lead to. One that is not aligned, or behind the file's end, leads nowhere."""
+        size, end = 1 << self._bits, self._file.length()
+        for i in range(0, len(table), _PIECE):
+            offsets = [entry & HOST_OFFSET for entry in table[i : i + _PIECE] if entry & HOST_OFFSET]
+            new = [offset >> self._bits for offset in offsets if not offset & size - 1 and offset < end]
+            clusters = BitMap64(new)
+            if len(clusters) != len(new) and not self._suspicion:
+                self._suspicion = f"a {kind} overlaps another"
+            self._note(kind, clusters)
+
+    def _note(self, kind: str, new: BitMap64) -> None:
+        if not self._suspicion and not new.isdisjoint(self._all):
+            self._suspicion = f"a {kind} overlaps the {self._kind(min(new & self._all))}"
         self._all |= new
         self._kinds.setdefault(kind, BitMap64()).update(new)
 
-    def add(self, kind: str, clusters: Iterable[int]) -> None:
+    def add(self, kind: str, clusters: range) -> None:
         """Note that clusters are metadata. Raises OSError (EIO): some are already, so the image is damaged."""
-        new = BitMap64(clusters)
+        new = _clusters(clusters)
         if not new.isdisjoint(self._all):
             raise self.damaged(f"a {kind} overlaps the {self._kind(min(new & self._all))}")
         self._all |= new
         self._kinds.setdefault(kind, BitMap64()).update(new)
 
-    def remove(self, kind: str, clusters: Iterable[int]) -> None:
-        old = BitMap64(clusters)
+    def remove(self, kind: str, clusters: range) -> None:
+        old = _clusters(clusters)
         self._all -= old
         self._kinds[kind] -= old
 
     def is_metadata(self, cluster: int) -> bool:
         return cluster in self._all
+
+    def forbids(self, cluster: int) -> bool:
+        """Whether data may not be written to the cluster: what :meth:`check_writable` and :meth:`check_data` raise for."""
+        return cluster in self._all or bool(self.damage or self._suspicion)
 
     def check_data(self, cluster: int, count: int) -> None:
         """Raises OSError (EIO), and the image is marked corrupt, if one of the clusters is metadata."""
@@ -110,3 +127,9 @@ class Integrity:
         if self._autoclear & ~mask:
             self._file.write(AUTOCLEAR_AT, _BITS.pack(self._autoclear & mask))
             self._autoclear &= mask
+
+
+def _clusters(clusters: range) -> BitMap64:
+    found = BitMap64()
+    found.add_range(clusters.start, clusters.stop)
+    return found

@@ -42,11 +42,8 @@ class L2Tables:
         self.changes = 0
         """Grows whenever an entry changes: a reader that suspended compares it before it looks up again."""
         if integrity is not None:
-            integrity.survey("L1 table", range(header.l1_offset >> self._cluster_bits, self._l1_end()))
-            integrity.survey(L2_TABLE, [(entry & HOST_OFFSET) >> self._cluster_bits for entry in self._l1 if entry & HOST_OFFSET])
-
-    def _l1_end(self) -> int:
-        return -(-(self._l1_offset + len(self._l1) * 8) >> self._cluster_bits)
+            integrity.survey("L1 table", header.l1_offset, len(self._l1) * 8)
+            integrity.survey_table(L2_TABLE, self._l1)
 
     def close(self) -> None:
         self._slices.close()
@@ -82,6 +79,10 @@ class L2Tables:
     def _at(self, table: int, index: int) -> int:
         return table + (index & (1 << self._slices_bits) - 1) * self._slice_bytes
 
+    def owns(self, index: int) -> bool:
+        """Whether the table of slice ``index`` is this image's alone."""
+        return bool(self._l1[index >> self._slices_bits] & COPIED)
+
     def slice_for_writing(self, index: int) -> "array.array[int]":
         """Slice ``index``, of a table that is this image's alone: made or copied if there is none yet. Raises OSError."""
         entry = self._l1[index >> self._slices_bits]
@@ -110,10 +111,11 @@ class L2Tables:
             self._refcounts.free(cluster, 1)
             raise
         self._l1[table] = offset | COPIED
-        self._integrity.add(L2_TABLE, [cluster])
+        self._integrity.add(L2_TABLE, range(cluster, cluster + 1))
         if old:
-            self._integrity.remove(L2_TABLE, [old >> self._cluster_bits])
-            self._refcounts.free(old >> self._cluster_bits, 1)
+            cluster = old >> self._cluster_bits
+            self._integrity.remove(L2_TABLE, range(cluster, cluster + 1))
+            self._refcounts.free(cluster, 1)
 
     def put(self, index: int, position: int, words: "array.array[int]") -> None:
         """Replace words of a slice from :meth:`slice_for_writing`. Raises OSError; then none has changed."""

@@ -95,8 +95,8 @@ class Refcounts:
         self._lowest = 0  # no cluster below is free, as far as is known
         self.end = -(-file.length() >> header.cluster_bits)
         """Clusters from here on were never written to."""
-        integrity.survey(TABLE, self._table_clusters())
-        integrity.survey(BLOCK, [entry >> header.cluster_bits for entry in self._table if entry])
+        integrity.survey(TABLE, self._table_offset, len(self._table) * 8)
+        integrity.survey_table(BLOCK, self._table)
 
     def _table_clusters(self) -> range:
         first = self._table_offset >> self._cluster_bits
@@ -193,7 +193,7 @@ class Refcounts:
             self._file.write(offset, block.raw)
         self._file.write(self._table_offset + index * 8, struct.pack(">Q", offset))
         self._table[index] = offset
-        self._integrity.add(BLOCK, [cluster])
+        self._integrity.add(BLOCK, range(cluster, cluster + 1))
         self._blocks.put(index, block)
         self.end = max(self.end, cluster + 1)
         return block

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
+from pyroaring import BitMap64
+
 from replfs.block.file import File
 from replfs.block.qcow2 import bitmaps
 from replfs.block.qcow2.compression import descriptor
@@ -107,11 +109,14 @@ class _Rebuild:
                 yield cluster, cluster + 1
         for l1_offset, l1_entries in (Snapshot(header.l1_offset, header.l1_entries), *self._snapshots):
             yield self._range(l1_offset, l1_entries * 8)
-            for entry in to_words(self._file.read_now(l1_offset, l1_entries * 8)):
-                if offset := entry & HOST_OFFSET:
-                    yield self._range(offset, header.cluster)
-                    if not header.incompatible & DATA_FILE:
-                        yield from self._used_by(offset)
+            l1 = to_words(self._file.read_now(l1_offset, l1_entries * 8))
+            tables = [entry & HOST_OFFSET for entry in l1 if entry & HOST_OFFSET]
+            if len(BitMap64(tables)) != len(tables):
+                raise self._damaged(f"the L1 table at {l1_offset} has an L2 table twice")
+            for offset in tables:
+                yield self._range(offset, header.cluster)
+                if not header.incompatible & DATA_FILE:
+                    yield from self._used_by(offset)
 
     def _used_by(self, table: int) -> Iterator[tuple[int, int]]:
         mask = self._header.cluster - 1

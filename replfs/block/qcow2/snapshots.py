@@ -11,6 +11,7 @@ from replfs.errors import ReplfsError, printable
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
 _L1_LIMIT: Final = 32 << 20
 _EXTRA_LIMIT: Final = 1024
+_TABLE_LIMIT: Final = 64 << 20
 _PIECE: Final = 1 << 20
 
 
@@ -35,8 +36,8 @@ def read(file: File, header: Header) -> tuple[list[Snapshot], int]:
         l1_offset, l1_entries, id_length, name_length, _, _, _, _, extra = _ENTRY.unpack_from(raw, position - base)
         if l1_offset % header.cluster or l1_entries * 8 > _L1_LIMIT or l1_offset + l1_entries * 8 > length:
             raise _damaged(file, f"the L1 table of entry {number} is not where it can be")
-        if extra > _EXTRA_LIMIT:
-            raise _damaged(file, f"entry {number} has {extra} bytes of extra data")
+        if extra > _EXTRA_LIMIT or position - header.snapshots_offset > _TABLE_LIMIT:
+            raise _damaged(file, f"entry {number} is larger than it can be")
         found.append(Snapshot(l1_offset, l1_entries))
         position += _ENTRY.size + extra + id_length + name_length
         position += -position % 8
