@@ -5,6 +5,7 @@ The parts, from the bottom:
 * :mod:`~replfs.block.qcow2.header`: the first cluster as a value;
 * :mod:`~replfs.block.qcow2.integrity`: which clusters are metadata; the corrupt bit;
 * :mod:`~replfs.block.qcow2.refcounts`: which clusters are in use; gives out new ones;
+* :mod:`~replfs.block.qcow2.entries`: what an L2 entry says;
 * :mod:`~replfs.block.qcow2.l2`: where a cluster of the disk lies; a bounded cache of L2 tables;
 * :mod:`~replfs.block.qcow2.compression`, ``snapshots``, ``bitmaps``: what else an image may hold;
 * :mod:`~replfs.block.qcow2.repair`: refcounts for an image that was left dirty;

@@ -11,10 +11,9 @@ stays counted until the hole in the file is made, so that nobody else gets it be
 """
 
 import array
-import enum
 import errno
 import os
-from typing import Final, NamedTuple
+from typing import Final
 
 import trio
 
@@ -23,46 +22,16 @@ from replfs.block.file import File
 from replfs.block.node import Data, Extent, Node, merge
 from replfs.block.qcow2 import bitmaps, snapshots
 from replfs.block.qcow2.compression import decompress, descriptor
+from replfs.block.qcow2.entries import COMPRESSED, COPIED, PLACE, Entries, Kind, Range, extend
 from replfs.block.qcow2.header import AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, HOST_OFFSET, Header
 from replfs.block.qcow2.integrity import Integrity
-from replfs.block.qcow2.l2 import COPIED, L2Tables
+from replfs.block.qcow2.l2 import L2Tables
 from replfs.block.qcow2.refcounts import Refcounts
 from replfs.block.qcow2.repair import rebuild_refcounts
 from replfs.block.raw import Raw
 from replfs.errors import ReplfsError, printable
 
-_COMPRESSED: Final = 1 << 62
-_ZERO: Final = 1  # of an entry that is not extended: "reads as all zeroes"
-_ALL_ALLOCATED: Final = 0xFFFF_FFFF
-_ALL_ZERO: Final = 0xFFFF_FFFF << 32
-_PLACE: Final = COPIED | _COMPRESSED | HOST_OFFSET
-"""The bits of an entry that say where its bytes are, and whose they are."""
-
-_IN_PLACE: Final = COPIED | _COMPRESSED | _ZERO
-"""Of these bits, an entry whose cluster may simply be written to has COPIED alone."""
-
 _PIECE: Final = 1 << 20
-
-
-class Kind(enum.Enum):
-    """Where a subcluster's bytes are."""
-
-    BACKING = enum.auto()
-    ZERO = enum.auto()
-    DATA = enum.auto()
-    COMPRESSED = enum.auto()
-
-
-class Range(NamedTuple):
-    """Bytes ``start .. stop`` of the disk that are of one kind.
-
-    ``host`` is where DATA lies in the file, the L2 entry of COMPRESSED, and for ZERO not 0 if it has room kept for it.
-    """
-
-    kind: Kind
-    start: int
-    stop: int
-    host: int
 
 
 class Image(Node):
@@ -92,7 +61,6 @@ class Image(Node):
         self.data = data or file
         self.backing = backing
         self.size = header.size if size is None else size
-        self.subcluster: Final = header.cluster >> (5 if header.extended else 0)
         self._external = data is not None
         self._owns_backing = owns_backing
         self._integrity: Integrity | None = None
@@ -100,13 +68,14 @@ class Image(Node):
         if writable:
             header = self._prepare(header, cache)
         self._header = header
+        self._entries = Entries(header, file.path, external=data is not None)
+        self.subcluster: Final = self._entries.subcluster
         self._l2 = L2Tables(file, header, self._refcounts, self._integrity, cache)
         self._plain: Shelf[bytes] = Shelf(cache, header.cluster)  # decompressed clusters, by their L2 entries
         self._unchanged = True  # by this process
         self._cluster_bits: Final = header.cluster_bits
         self._cluster: Final = header.cluster
-        self._subcluster_bits = self.subcluster.bit_length() - 1
-        self._words: Final = 2 if header.extended else 1  # of an L2 entry
+        self._words: Final = self._entries.words
         self._slice_bits = self._l2.slice_bits
         self._slice_mask = (1 << self._slice_bits) - 1
         self._span_bits: Final = header.span_bits
@@ -143,72 +112,13 @@ class Image(Node):
             table = self._l2.slice(cluster >> self._slice_bits)
             if table is None:
                 until = min(stop, ((start >> self._span_bits) + 1) << self._span_bits)
-                _extend(found, Kind.BACKING, start, until, 0)
+                extend(found, Kind.BACKING, start, until, 0)
             else:
                 until = min(stop, (cluster + 1) << bits)
-                if self._words == 1:
-                    self._classify(found, table[cluster & self._slice_mask], start, until)
-                else:
-                    position = (cluster & self._slice_mask) * 2
-                    self._split(found, table[position], table[position + 1], start, until)
+                at = (cluster & self._slice_mask) * self._words
+                self._entries.split(found, table[at], table[at + 1] if self._words == 2 else 0, start, until)
             start = until
         return found
-
-    def _classify(self, found: list[Range], entry: int, start: int, stop: int) -> None:
-        """The range of one cluster, or a part of it."""
-        host = entry & HOST_OFFSET
-        if entry & _COMPRESSED:
-            self._check_compressed(entry, start)
-            found.append(Range(Kind.COMPRESSED, start, stop, entry))
-        elif entry & _ZERO:
-            if host & self._cluster - 1 or self._header.version < 3:
-                raise self._bad_entry(start)
-            _extend(found, Kind.ZERO, start, stop, host)
-        elif host or (self._external and entry & COPIED):
-            if host & self._cluster - 1:
-                raise self._bad_entry(start)
-            _extend(found, Kind.DATA, start, stop, host + (start & self._cluster - 1))
-        else:
-            _extend(found, Kind.BACKING, start, stop, 0)
-
-    def _split(self, found: list[Range], entry: int, bitmap: int, start: int, stop: int) -> None:
-        """The ranges of one cluster, or a part of it, by its bitmap: bits 0-31 say allocated, 32-63 zero, neither: backing."""
-        if entry & _COMPRESSED:
-            self._check_compressed(entry, start)
-            if bitmap:
-                raise self._bad_entry(start)
-            return found.append(Range(Kind.COMPRESSED, start, stop, entry))
-        if not bitmap:
-            return _extend(found, Kind.BACKING, start, stop, 0)
-        base, host = start & -self._cluster, entry & HOST_OFFSET
-        if bitmap == _ALL_ZERO and not host & self._cluster - 1:
-            return _extend(found, Kind.ZERO, start, stop, host)
-        if (
-            host & self._cluster - 1
-            or entry & _ZERO
-            or bitmap & bitmap >> 32
-            or (bitmap & _ALL_ALLOCATED and not host and not (self._external and entry & COPIED))
-        ):
-            raise self._bad_entry(start)
-        if bitmap == _ALL_ALLOCATED:
-            return _extend(found, Kind.DATA, start, stop, host + start - base)
-        while start < stop:
-            bit = start - base >> self._subcluster_bits
-            until = min(stop, base + (bit + 1 << self._subcluster_bits))
-            if bitmap >> bit & 1:
-                _extend(found, Kind.DATA, start, until, host + start - base)
-            elif bitmap >> (bit + 32) & 1:
-                _extend(found, Kind.ZERO, start, until, host)
-            else:
-                _extend(found, Kind.BACKING, start, until, 0)
-            start = until
-
-    def _check_compressed(self, entry: int, position: int) -> None:
-        if self._external or entry & COPIED:
-            raise self._bad_entry(position)
-
-    def _bad_entry(self, position: int) -> OSError:
-        return OSError(errno.EIO, f"{self.file.path}: the L2 entry of byte {position} is damaged")
 
     def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of a range that this image does not hold: (start, stop) pairs."""
@@ -247,7 +157,7 @@ class Image(Node):
             if len(data) == stop - start:
                 return data
             if not data and not self._external and self.file.length() <= host & -self._cluster:
-                raise self._bad_entry(start)
+                raise self._entries.damaged(start)
             return bytes(data).ljust(stop - start, b"\0")
         if kind is Kind.BACKING and start < self._backed:
             return await self._read_backing(start, stop)
@@ -339,22 +249,6 @@ class Image(Node):
         at = (cluster & self._slice_mask) * self._words
         return table[at], table[at + 1] if self._words == 2 else 0
 
-    def _unit(self, position: int) -> int:
-        """Bytes that a write into a part of this byte's cluster has to be made whole to: 1 if it can be done in place."""
-        entry, bitmap = self._entry(position)
-        if entry & _COMPRESSED:
-            return self._cluster
-        own = self._own(entry)
-        if self._words == 1:
-            return 1 if own and not entry & _ZERO else self._cluster
-        if entry & HOST_OFFSET and not own and bitmap & _ALL_ALLOCATED:
-            return self._cluster
-        return 1 if own and bitmap >> (position >> self._subcluster_bits & 31) & 1 else self.subcluster
-
-    def _own(self, entry: int) -> bool:
-        """Whether an entry has a cluster that is this image's alone."""
-        return entry & (COPIED | _COMPRESSED) == COPIED and bool(entry & HOST_OFFSET or self._external)
-
     async def write(self, offset: int, data: Data) -> None:
         stop = offset + len(data)
         if stop == offset or self._overwrite(offset, stop, data):
@@ -363,9 +257,9 @@ class Image(Node):
         while True:
             first, last = offset, stop
             if offset & mask:
-                first = offset & -self._unit(offset)
+                first = offset & -self._entries.unit(*self._entry(offset), offset)
             if stop & mask:
-                last = stop + -stop % self._unit(stop - 1)
+                last = stop + -stop % self._entries.unit(*self._entry(stop - 1), stop - 1)
             if first == offset and last == stop:
                 return self._store(offset, stop, offset, data)
             before = self._entry(offset), self._entry(stop - 1)
@@ -384,14 +278,10 @@ class Image(Node):
         if table is None or stop - 1 >> bits != cluster or self._unchanged:
             return False
         at = (cluster & self._slice_mask) * self._words
-        entry = table[at]
-        host = entry & HOST_OFFSET
-        if entry & _IN_PLACE != COPIED or not host or host & self._cluster - 1 or not self._l2.owns(index):
+        entry, bitmap = table[at], table[at + 1] if self._words == 2 else 0
+        if not self._entries.holds(entry, bitmap, offset, stop) or not self._l2.owns(index):
             return False
-        if self._words == 2:
-            wanted = self._bits(cluster, offset, stop)
-            if table[at + 1] & (wanted | wanted << 32) != wanted:
-                return False
+        host = entry & HOST_OFFSET
         if not self._external:
             assert self._integrity is not None
             assert self._refcounts is not None
@@ -427,19 +317,19 @@ class Image(Node):
             table = self._l2.slice_for_writing(index)
             at = (cluster & self._slice_mask) * words
             most = min((stop - 1 >> bits) - cluster, self._slice_mask - (cluster & self._slice_mask)) + 1
-            in_place = self._own(table[at])
+            in_place = self._entries.own(table[at])
             if in_place:
                 self._check_entries(table, at, 1, cluster)
                 host = table[at] & HOST_OFFSET
                 count, fresh = 1, False
-                while count < most and table[at + count * words] & _PLACE == COPIED | host + (count << bits):
+                while count < most and table[at + count * words] & PLACE == COPIED | host + (count << bits):
                     count += 1
                 if not self._external:
                     assert self._integrity is not None
                     self._integrity.check_data(host >> bits, count)
             else:
                 count = 1
-                while count < most and not self._own(table[at + count * words]):
+                while count < most and not self._entries.own(table[at + count * words]):
                     count += 1
                 self._check_entries(table, at, count, cluster)
                 host, count, fresh = self._allocate(cluster, count)
@@ -457,7 +347,7 @@ class Image(Node):
                     self._refcounts.free(host >> bits, count)
                 raise
             old = table[at : at + count * words]
-            new = self._held(old, cluster, host, count, position, until)
+            new = self._entries.held(old, cluster, host, position, until)
             if new != old:
                 self._l2.put(index, at, new)
                 if not in_place:
@@ -471,11 +361,9 @@ class Image(Node):
             entry, bitmap = table[at + i * self._words], table[at + 1 + i * self._words] if self._words == 2 else 0
             position = cluster + i << self._cluster_bits
             if entry or bitmap:
-                self._split([], entry, bitmap, position, position + 1) if self._words == 2 else self._classify(
-                    [], entry, position, position + 1
-                )
-                if not entry & _COMPRESSED and not self._external and (entry & HOST_OFFSET) >> self._cluster_bits >= end:
-                    raise self._bad_entry(position)
+                self._entries.split([], entry, bitmap, position, position + 1)
+                if not entry & COMPRESSED and not self._external and (entry & HOST_OFFSET) >> self._cluster_bits >= end:
+                    raise self._entries.damaged(position)
 
     def _allocate(self, cluster: int, count: int) -> tuple[int, int, bool]:
         """Room for ``count`` clusters of the disk at most: (offset in the data file, clusters, surely zero)."""
@@ -485,33 +373,13 @@ class Image(Node):
         host, count, fresh = self._refcounts.allocate(count)
         return host << self._cluster_bits, count, fresh
 
-    def _held(self, old: "array.array[int]", cluster: int, host: int, count: int, start: int, stop: int) -> "array.array[int]":
-        """The entries of ``count`` clusters when ``start .. stop`` of the disk is held in them."""
-        size = self._cluster
-        if self._words == 1:
-            return array.array("Q", [host + i * size | COPIED for i in range(count)])
-        new = array.array("Q")
-        for i in range(count):
-            bits = self._bits(cluster + i, start, stop)
-            entry, bitmap = old[2 * i], old[2 * i + 1]
-            new.append(host + i * size | COPIED)
-            new.append(bits if entry & _COMPRESSED else (bitmap | bits) & ~(bits << 32))
-        return new
-
-    def _bits(self, cluster: int, start: int, stop: int) -> int:
-        """The bitmap of a cluster's subclusters that ``start .. stop`` touches."""
-        base = cluster << self._cluster_bits
-        low = max(start - base, 0) >> self._subcluster_bits
-        high = -(-(min(stop, base + self._cluster) - base) >> self._subcluster_bits)
-        return (1 << high) - (1 << low)
-
     def _let_go(self, entries: "array.array[int]") -> None:
         """These entries are in the tables no more: count what they led to once less. Raises OSError."""
         if self._external:
             return
         assert self._refcounts is not None
         for entry in entries[:: self._words]:
-            if entry & _COMPRESSED:
+            if entry & COMPRESSED:
                 offset, length = descriptor(entry, self._cluster_bits)
                 first = offset >> self._cluster_bits
                 self._refcounts.free(first, (offset + length - 1 >> self._cluster_bits) - first + 1)
@@ -569,7 +437,7 @@ class Image(Node):
             until = min(until, ((first >> slice_span) + 1) << slice_span)
             for start, stop in self._cut(first, until):
                 part = start & self._cluster - 1 or (stop & self._cluster - 1 and stop < self.size)
-                if part and self._entry(start)[0] & _COMPRESSED:
+                if part and self._entry(start)[0] & COMPRESSED:
                     await self._write_zero_bytes(start, min(stop, self.size))
                 else:
                     await self._release(self._store_zeroes(start, stop, keep))
@@ -599,42 +467,20 @@ class Image(Node):
             at = (cluster & self._slice_mask) * words
             self._check_entries(table, at, count, cluster)
             old = table[at : at + count * words]
-            new = old[:]
-            for i in range(count):
-                self._zero_entry(new, i * words, cluster + i, start, until, keep)
+            new = self._entries.zeroed(old, cluster, start, until, self._backed, keep)
             if new != old:
                 self._l2.put(index, at, new)
                 shared = array.array("Q")
                 for i in range(0, len(old), words):
-                    if old[i] & _PLACE == new[i] & _PLACE:
+                    if old[i] & PLACE == new[i] & PLACE:
                         continue
-                    if self._own(old[i]):
+                    if self._entries.own(old[i]):
                         _append_run(released, (old[i] & HOST_OFFSET) >> bits)
                     else:
                         shared.extend(old[i : i + words])
                 self._let_go(shared)
             start = until
         return released
-
-    def _zero_entry(self, table: "array.array[int]", at: int, cluster: int, start: int, stop: int, keep: bool) -> None:
-        """Change one entry of ``table`` to say that what ``start .. stop`` has of its cluster is zero."""
-        entry = table[at]
-        unbacked = cluster << self._cluster_bits >= self._backed
-        keep = keep and self._own(entry)
-        if self._words == 1:
-            if keep:
-                table[at] = entry | _ZERO
-            elif entry or not unbacked:
-                table[at] = _ZERO if self._header.version >= 3 else 0
-            return
-        bitmap = table[at + 1]
-        if entry == bitmap == 0 and unbacked:
-            return
-        bits = self._bits(cluster, start, stop)
-        bitmap = (bitmap & ~bits) | bits << 32
-        if entry & _COMPRESSED or (not bitmap & _ALL_ALLOCATED and not keep):
-            entry = 0
-        table[at], table[at + 1] = entry, bitmap
 
     async def _release(self, runs: list[tuple[int, int]]) -> None:
         """Give the room of clusters back: first in the file, and only then may they be used again."""
@@ -679,15 +525,6 @@ class Image(Node):
         """Close the image and delete its file."""
         self.release()
         os.unlink(self.file.path)
-
-
-def _extend(found: list[Range], kind: Kind, start: int, stop: int, host: int) -> None:
-    if found:
-        last = found[-1]
-        if last.kind is kind and (last.host + start - last.start == host if kind is Kind.DATA else bool(last.host) == bool(host)):
-            found[-1] = Range(kind, last.start, stop, last.host)
-            return
-    found.append(Range(kind, start, stop, host))
 
 
 def _append_run(runs: list[tuple[int, int]], cluster: int) -> None:

@@ -12,12 +12,12 @@ from typing import Final
 
 from replfs.block.cache import Cache, Shelf
 from replfs.block.file import File
+from replfs.block.qcow2.entries import COPIED
 from replfs.block.qcow2.header import HOST_OFFSET, Header
 from replfs.block.qcow2.integrity import Integrity
 from replfs.block.qcow2.refcounts import Refcounts
 from replfs.block.qcow2.words import from_words, to_words
 
-COPIED: Final = 1 << 63  # "the refcount is exactly one", so it may be written in place
 L2_TABLE: Final = "L2 table"
 _SLICE_WORDS_BITS: Final = 9
 

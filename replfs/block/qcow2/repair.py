@@ -18,8 +18,8 @@ from pyroaring import BitMap64
 from replfs.block.file import File
 from replfs.block.qcow2 import bitmaps
 from replfs.block.qcow2.compression import descriptor
+from replfs.block.qcow2.entries import COMPRESSED, COPIED
 from replfs.block.qcow2.header import DATA_FILE, DIRTY, HOST_OFFSET, INCOMPATIBLE_AT, REFCOUNT_TABLE_AT, Header
-from replfs.block.qcow2.l2 import COPIED
 from replfs.block.qcow2.refcounts import Block
 from replfs.block.qcow2.snapshots import Snapshot
 from replfs.block.qcow2.words import from_words, to_words
@@ -27,7 +27,6 @@ from replfs.errors import ReplfsError, printable
 
 logger = logging.getLogger(__name__)
 
-_COMPRESSED: Final = 1 << 62
 _WINDOW: Final = 8 << 20  # clusters, of 4 bytes each
 
 
@@ -121,7 +120,7 @@ class _Rebuild:
     def _used_by(self, table: int) -> Iterator[tuple[int, int]]:
         mask = self._header.cluster - 1
         for entry in self._table(table)[:: self._entry_words]:
-            if entry & _COMPRESSED:
+            if entry & COMPRESSED:
                 yield self._range(*descriptor(entry, self._bits))
             elif offset := entry & HOST_OFFSET:
                 if offset & mask:
@@ -143,7 +142,7 @@ class _Rebuild:
 
         def fixed(entry: int) -> int:
             cluster = (entry & HOST_OFFSET) >> self._bits
-            if entry & _COMPRESSED or not cluster or not low <= cluster < low + len(counts):
+            if entry & COMPRESSED or not cluster or not low <= cluster < low + len(counts):
                 return entry
             return entry | COPIED if counts[cluster - low] == 1 else entry & ~COPIED
 
