@@ -30,6 +30,7 @@ class Block:
 
     __slots__ = ("_order", "raw")
 
+    _TYPES: Final = "BHIQ"
     _HAS_NO_ZERO: Final = tuple(
         bytes(all(byte >> shift & (1 << (1 << order)) - 1 for shift in range(0, 8, 1 << order)) for byte in range(256))
         for order in range(3)
@@ -66,11 +67,15 @@ class Block:
         """The first entry from ``position`` on that is zero."""
         order, raw = self._order, self.raw
         if order >= 3:
-            width = 1 << order - 3
-            at = raw.find(bytes(width), position * width)
-            while at >= 0 and at % width:
-                at = raw.find(bytes(width), at + 1)
-            return at // width if at >= 0 else None
+            if not position << order >> 3 < len(raw):
+                return None
+            if not self.get(position):  # as most often: what was given out last is just before it
+                return position
+            entries = array.array(self._TYPES[order - 3], raw[position << order >> 3 :])  # zero is zero in any byte order
+            try:
+                return position + entries.index(0)
+            except ValueError:
+                return None
         per_byte = 8 >> order
         until = -(-position // per_byte) * per_byte
         for i in range(position, until):

@@ -1,0 +1,66 @@
+"""Refcount blocks of every width against a list, and the cache that tables share."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replfs.block.cache import Cache, Shelf
+from replfs.block.qcow2.refcounts import Block
+
+BYTES = 32
+
+
+@pytest.mark.parametrize("order", range(7))
+@given(data=st.data())
+def test_a_refcount_block_is_a_list_of_numbers(order: int, data: st.DataObject) -> None:
+    count = BYTES * 8 >> order
+    model = [0] * count
+    block = Block(bytearray(BYTES), order)
+    values = st.one_of(st.sampled_from([0, 1, (1 << (1 << order)) - 1]), st.integers(0, (1 << (1 << order)) - 1))
+    for _ in range(data.draw(st.integers(1, 5))):
+        position = data.draw(st.integers(0, count - 1))
+        new = data.draw(st.lists(values, min_size=1, max_size=count - position))
+        before = bytes(block.raw)
+        at, raw = block.changed(position, new)
+        assert bytes(block.raw) == before
+        block.raw[at : at + len(raw)] = raw
+        model[position : position + len(new)] = new
+        assert [block.get(i) for i in range(count)] == model
+        assert len(block.raw) == BYTES
+        for start in range(count + 1):
+            assert block.find_free(start) == next((i for i in range(start, count) if not model[i]), None)
+
+
+@pytest.mark.parametrize(("order", "raw"), [(0, b"\x05"), (1, b"\x24"), (2, b"\x41"), (3, b"\x07"), (4, b"\x01\x02")])
+def test_narrow_refcounts_begin_at_the_lowest_bit(order: int, raw: bytes) -> None:
+    """Specification, "Refcount table and refcount blocks": a width of less than a byte counts from the least significant bit."""
+    expected = {0: [1, 0, 1, 0, 0, 0, 0, 0], 1: [0, 1, 2, 0], 2: [1, 4], 3: [7], 4: [0x102]}[order]
+    block = Block(bytearray(raw), order)
+    assert [block.get(i) for i in range(len(expected))] == expected
+
+
+def test_what_was_used_last_stays_and_the_limit_is_everybody_s() -> None:
+    cache = Cache(10 * 1200)
+    small: Shelf[int] = Shelf(cache, 1000)
+    other: Shelf[int] = Shelf(cache, 1000)
+    for i in range(10):
+        small.put(i, i)
+    assert small.get(0) == 0
+    other.put(7, 7)
+    assert cache.used == 12_000
+    assert (small.get(0), small.get(1), other.get(7)) == (0, None, 7)
+    small.put(0, 100)
+    assert small.get(0) == 100
+    assert cache.used == 12_000
+    other.close()
+    other.close()
+    assert cache.used == 9 * 1200
+
+
+def test_an_entry_larger_than_the_cache_is_kept_while_it_is_the_newest() -> None:
+    cache = Cache(100)
+    shelf: Shelf[str] = Shelf(cache, 1000)
+    for i in range(3):
+        shelf.put(i, f"table {i}")
+        assert shelf.get(i) == f"table {i}"
+        assert len(shelf) == 1
