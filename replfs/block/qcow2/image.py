@@ -32,6 +32,7 @@ from replfs.block.raw import Raw
 from replfs.errors import ReplfsError, printable
 
 _PIECE: Final = 1 << 20
+_decompressions: Final = trio.CapacityLimiter(4)  # at once: each may take two clusters of memory
 
 
 class Image(Node):
@@ -180,7 +181,7 @@ class Image(Node):
         plain = self._plain.get(entry)
         if plain is None:
             offset, length = descriptor(entry, self._cluster_bits)
-            plain = await trio.to_thread.run_sync(self._decompress, offset, length)
+            plain = await trio.to_thread.run_sync(self._decompress, offset, length, limiter=_decompressions)
             self._plain.put(entry, plain)
         return plain
 
