@@ -38,6 +38,7 @@ def open_disk(path: Path, disk_format: str | None, allow_backing: Sequence[Path]
         if disk_format == "qcow2":
             image = Chain(file, allow_backing, cache or Cache()).open()
             if image.size == 0:
+                image.release()
                 raise ReplfsError(f"the disk {shown} has a size of 0: make it larger with qemu-img resize", errno.EINVAL)
             return image
         if disk_format is None and file.read_now(0, len(MAGIC)) == MAGIC:

@@ -13,6 +13,7 @@ from replfs.block.qcow2.words import to_words
 
 _ENTRY: Final = struct.Struct(">QIIBBHI")
 _DIRECTORY_LIMIT: Final = 1 << 20
+_CLUSTERS_LIMIT: Final = 1 << 20
 _TABLE_LIMIT: Final = 1 << 20  # entries, each for a whole cluster of bits
 
 
@@ -31,7 +32,7 @@ def clusters(file: File, directory: BitmapDirectory, cluster_bits: int) -> tuple
         table, entries, _, _, _, name_length, extra = _ENTRY.unpack_from(raw, position)
         position += _ENTRY.size + extra + name_length
         position += -position % 8
-        if table % size or entries > _TABLE_LIMIT or table + entries * 8 > length or len(found) > length >> cluster_bits:
+        if table % size or entries > _TABLE_LIMIT or table + entries * 8 > length or len(found) > _CLUSTERS_LIMIT:
             return None
         found += range(table >> cluster_bits, -(-(table + entries * 8) >> cluster_bits))
         for entry in to_words(file.read_now(table, entries * 8)):

@@ -240,7 +240,7 @@ class _Parser:
         if len(data) != _BITMAPS.size:
             raise self._damaged(f"a bitmaps extension of {len(data)} bytes")
         count, _, length, offset = _BITMAPS.unpack(data)
-        if not 0 < count <= _BITMAP_LIMIT or length > count * (1 << 12) or not offset or offset % (1 << cluster_bits):
+        if not 0 < count <= _BITMAP_LIMIT or not offset or offset % (1 << cluster_bits) or offset + length > self._file_length:
             raise self._damaged("the directory of the bitmaps is not where it can be")
         return BitmapDirectory(offset, length, count)
 

@@ -144,10 +144,15 @@ class Image(Node):
         while True:
             changes = self._l2.changes
             ranges = self.ranges(offset, stop)
-            if len(ranges) == 1:
-                data = await self._read_range(ranges[0])
-            else:
-                data = b"".join([await self._read_range(part) for part in ranges])
+            try:
+                if len(ranges) == 1:
+                    data = await self._read_range(ranges[0])
+                else:
+                    data = b"".join([await self._read_range(part) for part in ranges])
+            except OSError:  # which may be because it lies elsewhere by now
+                if changes == self._l2.changes or self.ranges(offset, stop) == ranges:
+                    raise
+                continue
             if changes == self._l2.changes or self.ranges(offset, stop) == ranges:
                 return data
 
@@ -192,27 +197,43 @@ class Image(Node):
             raise OSError(error.errno, f"{self.file.path}: {error.strerror}") from error
 
     async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
-        while True:
+        found: list[Extent] = []
+        stop = offset + length
+        while offset < stop and len(found) <= limit:  # one more than the limit, since the last one may go on
+            until = min(stop, self._next_slice(offset))
             changes = self._l2.changes
-            ranges = self.ranges(offset, offset + length)
-            found: list[Extent] = []
-            for kind, start, stop, host in ranges:
-                if len(found) >= limit:
-                    break
-                if kind is Kind.BACKING and start < self._backed:
-                    assert self.backing is not None
-                    size = min(stop, self._backed) - start
-                    below = await self.backing.extents(start, size, limit)
-                    for extent in below:
-                        merge(found, extent)
-                    if sum(extent.length for extent in below) < size:
-                        break
-                    merge(found, Extent(stop - start - size, True, True))
-                else:
-                    zero = kind is Kind.ZERO or kind is Kind.BACKING
-                    merge(found, Extent(stop - start, zero and not host, zero))
-            if changes == self._l2.changes or self.ranges(offset, offset + length) == ranges:
-                return found[:limit]
+            ranges = self.ranges(offset, until)
+            part, end = await self._extents_of(ranges, limit)
+            if changes != self._l2.changes and self.ranges(offset, until) != ranges:
+                continue
+            for extent in part:
+                merge(found, extent)
+            offset = end
+        return found[:limit]
+
+    async def _extents_of(self, ranges: list[Range], limit: int) -> tuple[list[Extent], int]:
+        """What the ranges consist of, and where on the disk that ends: the backing node may tell of less."""
+        found: list[Extent] = []
+        for kind, start, stop, host in ranges:
+            if kind is Kind.BACKING and start < self._backed:
+                assert self.backing is not None
+                size = min(stop, self._backed) - start
+                below = await self.backing.extents(start, size, limit)
+                for extent in below:
+                    merge(found, extent)
+                told = sum(extent.length for extent in below)
+                if told < size:
+                    return found, start + told
+                merge(found, Extent(stop - start - size, True, True))
+            else:
+                zero = kind is Kind.ZERO or kind is Kind.BACKING
+                merge(found, Extent(stop - start, zero and not host, zero))
+        return found, ranges[-1].stop
+
+    def _next_slice(self, position: int) -> int:
+        """Up to where one slice of tables, or the lack of a table, tells of the disk."""
+        bits = self._slice_bits + self._cluster_bits if self.may_hold(position)[0] else self._span_bits
+        return ((position >> bits) + 1) << bits
 
     # Writing
 
@@ -320,14 +341,11 @@ class Image(Node):
             most = min((stop - 1 >> bits) - cluster, self._slice_mask - (cluster & self._slice_mask)) + 1
             in_place = self._entries.own(table[at])
             if in_place:
-                self._check_entries(table, at, 1, cluster)
                 host = table[at] & HOST_OFFSET
                 count, fresh = 1, False
                 while count < most and table[at + count * words] & PLACE == COPIED | host + (count << bits):
                     count += 1
-                if not self._external:
-                    assert self._integrity is not None
-                    self._integrity.check_data(host >> bits, count)
+                self._check_entries(table, at, count, cluster)
             else:
                 count = 1
                 while count < most and not self._entries.own(table[at + count * words]):
@@ -356,15 +374,31 @@ class Image(Node):
             position = until
 
     def _check_entries(self, table: "array.array[int]", at: int, count: int, cluster: int) -> None:
-        """Raises OSError (EIO) if one of the entries from ``at`` on, of the disk's ``cluster`` on, is damaged."""
-        end = self._refcounts.end if self._refcounts is not None else 0
+        """Before they are changed, or what they lead to: the entries from ``at`` on, of the disk's ``cluster`` on.
+
+        Raises OSError (EIO) if one is damaged; if it leads to metadata, the image is marked corrupt.
+        """
+        assert self._integrity is not None
+        assert self._refcounts is not None
         for i in range(count):
             entry, bitmap = table[at + i * self._words], table[at + 1 + i * self._words] if self._words == 2 else 0
+            if not entry and not bitmap:
+                continue
             position = cluster + i << self._cluster_bits
-            if entry or bitmap:
-                self._entries.split([], entry, bitmap, position, position + 1)
-                if not entry & COMPRESSED and not self._external and (entry & HOST_OFFSET) >> self._cluster_bits >= end:
+            self._entries.split([], entry, bitmap, position, position + 1)
+            if not self._external:
+                first, used = self._leads_to(entry)
+                if first + used > self._refcounts.end + bool(entry & COMPRESSED):  # whose end is rounded up to whole sectors
                     raise self._entries.damaged(position)
+                self._integrity.check_data(first, used)
+
+    def _leads_to(self, entry: int) -> tuple[int, int]:
+        """The clusters of the file that an entry uses: (the first, how many)."""
+        if entry & COMPRESSED:
+            offset, length = descriptor(entry, self._cluster_bits)
+            first = offset >> self._cluster_bits
+            return first, (offset + length - 1 >> self._cluster_bits) - first + 1
+        return (entry & HOST_OFFSET) >> self._cluster_bits, bool(entry & HOST_OFFSET)
 
     def _allocate(self, cluster: int, count: int) -> tuple[int, int, bool]:
         """Room for ``count`` clusters of the disk at most: (offset in the data file, clusters, surely zero)."""
@@ -380,12 +414,7 @@ class Image(Node):
             return
         assert self._refcounts is not None
         for entry in entries[:: self._words]:
-            if entry & COMPRESSED:
-                offset, length = descriptor(entry, self._cluster_bits)
-                first = offset >> self._cluster_bits
-                self._refcounts.free(first, (offset + length - 1 >> self._cluster_bits) - first + 1)
-            elif entry & HOST_OFFSET:
-                self._refcounts.free((entry & HOST_OFFSET) >> self._cluster_bits, 1)
+            self._refcounts.free(*self._leads_to(entry))
 
     # Zeroes
 
@@ -431,19 +460,19 @@ class Image(Node):
             await self.data.write_zeroes(first, min(last, self.size) - first, not keep)
         slice_span = self._slice_bits + self._cluster_bits
         while first < last:
-            until = min(last, ((first >> self._span_bits) + 1) << self._span_bits)
             if first >= self._backed and not self.may_hold(first)[0]:
-                first = until
+                first = self._next_slice(first)
                 continue
-            until = min(until, ((first >> slice_span) + 1) << slice_span)
+            until = min(last, ((first >> slice_span) + 1) << slice_span)
             for start, stop in self._cut(first, until):
                 part = start & self._cluster - 1 or (stop & self._cluster - 1 and stop < self.size)
                 if part and self._entry(start)[0] & COMPRESSED:
                     await self._write_zero_bytes(start, min(stop, self.size))
                 else:
                     await self._release(self._store_zeroes(start, stop, keep))
-            await trio.lowlevel.checkpoint()
             first = until
+            if first < last:
+                await trio.lowlevel.checkpoint()
 
     def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:
         """A range in its whole clusters and, by themselves, the parts of clusters at its ends."""
@@ -457,6 +486,7 @@ class Image(Node):
         Gives back the clusters of the data file that nothing leads to any more, and that :meth:`_release` is to be called for.
         """
         self._begin_change()
+        assert self._refcounts is not None
         bits, words = self._cluster_bits, self._words
         released: list[tuple[int, int]] = []
         while start < stop:
@@ -475,8 +505,9 @@ class Image(Node):
                 for i in range(0, len(old), words):
                     if old[i] & PLACE == new[i] & PLACE:
                         continue
-                    if self._entries.own(old[i]):
-                        _append_run(released, (old[i] & HOST_OFFSET) >> bits)
+                    cluster = (old[i] & HOST_OFFSET) >> bits
+                    if self._entries.own(old[i]) and (self._external or self._refcounts.get(cluster) == 1):
+                        _append_run(released, cluster)
                     else:
                         shared.extend(old[i : i + words])
                 self._let_go(shared)

@@ -1,8 +1,8 @@
 """Where the clusters of the disk lie: the L1 table, and a bounded cache of slices of L2 tables.
 
 An L2 entry is one 64-bit word, or two with extended L2 entries (specification, "L1 table", "L2 table"). Tables are kept and read in
-slices of 4 KiB, so that random access neither reads nor keeps more than it needs. Owns both levels; every change is in the file
-before it is made in memory. An L2 table that a snapshot shares is copied before it is changed.
+slices of 4 KiB (both levels), so that random access neither reads nor keeps more than it needs. Owns both levels; every change is
+in the file before it is made in memory. An L2 table that a snapshot shares is copied before it is changed.
 """
 
 import array
@@ -20,6 +20,7 @@ from replfs.block.qcow2.words import from_words, to_words
 
 L2_TABLE: Final = "L2 table"
 _SLICE_WORDS_BITS: Final = 9
+_SURVEY: Final = 1 << 16  # L1 entries read at once
 
 
 class L2Tables:
@@ -32,7 +33,8 @@ class L2Tables:
         self._integrity = integrity
         self._cluster_bits = header.cluster_bits
         self._l1_offset = header.l1_offset
-        self._l1 = to_words(file.read_now(header.l1_offset, header.l1_entries * 8).ljust(header.l1_entries * 8, b"\0"))
+        self._l1_entries = header.l1_entries
+        self._l1: Shelf[array.array[int]] = Shelf(cache, 8 << _SLICE_WORDS_BITS)
         words_bits = 1 if header.extended else 0
         self.slice_bits: Final = min(header.l2_bits, _SLICE_WORDS_BITS - words_bits)
         """A slice holds the entries of ``1 << slice_bits`` clusters of the disk."""
@@ -42,15 +44,36 @@ class L2Tables:
         self.changes = 0
         """Grows whenever an entry changes: a reader that suspended compares it before it looks up again."""
         if integrity is not None:
-            integrity.survey("L1 table", header.l1_offset, len(self._l1) * 8)
-            integrity.survey_table(L2_TABLE, self._l1)
+            integrity.survey("L1 table", header.l1_offset, header.l1_entries * 8)
+            for first in range(0, header.l1_entries, _SURVEY):
+                integrity.survey_table(L2_TABLE, self._read_l1(first, _SURVEY))
+
+    def _read_l1(self, first: int, count: int) -> "array.array[int]":
+        count = min(count, self._l1_entries - first)
+        return to_words(self._file.read_now(self._l1_offset + first * 8, count * 8).ljust(count * 8, b"\0"))
+
+    def _entry(self, table: int) -> int:
+        """An entry of the L1 table."""
+        part = self._l1.get(table >> _SLICE_WORDS_BITS)
+        if part is None:
+            part = self._read_l1(table & -1 << _SLICE_WORDS_BITS, 1 << _SLICE_WORDS_BITS)
+            self._l1.put(table >> _SLICE_WORDS_BITS, part)
+        return part[table & (1 << _SLICE_WORDS_BITS) - 1]
+
+    def _set_entry(self, table: int, entry: int) -> None:
+        self._entry(table)
+        self._file.write(self._l1_offset + table * 8, struct.pack(">Q", entry))
+        part = self._l1.get(table >> _SLICE_WORDS_BITS)
+        assert part is not None
+        part[table & (1 << _SLICE_WORDS_BITS) - 1] = entry
 
     def close(self) -> None:
+        self._l1.close()
         self._slices.close()
 
     def has_table(self, index: int) -> bool:
         """Whether there is an L2 table for the ``index``-th span of the disk."""
-        return bool(self._l1[index] & HOST_OFFSET)
+        return bool(self._entry(index) & HOST_OFFSET)
 
     def slice(self, index: int) -> "array.array[int] | None":
         """Slice ``index`` of the disk, None if there is no table for it. Valid until the next await.
@@ -60,7 +83,7 @@ class L2Tables:
         found = self._slices.get(index)
         if found is None:
             table = index >> self._slices_bits
-            offset = self._l1[table] & HOST_OFFSET
+            offset = self._entry(table) & HOST_OFFSET
             if not offset:
                 return None
             if offset & ((1 << self._cluster_bits) - 1) or (raw := self._read(offset, index)) is None:
@@ -81,11 +104,11 @@ class L2Tables:
 
     def owns(self, index: int) -> bool:
         """Whether the table of slice ``index`` is this image's alone."""
-        return bool(self._l1[index >> self._slices_bits] & COPIED)
+        return bool(self._entry(index >> self._slices_bits) & COPIED)
 
     def slice_for_writing(self, index: int) -> "array.array[int]":
         """Slice ``index``, of a table that is this image's alone: made or copied if there is none yet. Raises OSError."""
-        entry = self._l1[index >> self._slices_bits]
+        entry = self._entry(index >> self._slices_bits)
         if not (entry & COPIED and entry & HOST_OFFSET):
             self._own_table(index >> self._slices_bits)
         found = self.slice(index)
@@ -96,7 +119,7 @@ class L2Tables:
         assert self._refcounts is not None
         assert self._integrity is not None
         size = 1 << self._cluster_bits
-        old = self._l1[table] & HOST_OFFSET
+        old = self._entry(table) & HOST_OFFSET
         if old and (old & (size - 1) or old >= self._file.length()):
             raise OSError(errno.EIO, f"{self._file.path}: L1 entry {table} is damaged")
         cluster, _, fresh = self._refcounts.allocate(1)
@@ -106,11 +129,10 @@ class L2Tables:
                 self._file.write(offset, self._file.read_now(old, size).ljust(size, b"\0") if old else bytes(size))
             else:
                 self._file.truncate(offset + size)
-            self._file.write(self._l1_offset + table * 8, struct.pack(">Q", offset | COPIED))
+            self._set_entry(table, offset | COPIED)
         except OSError:
             self._refcounts.free(cluster, 1)
             raise
-        self._l1[table] = offset | COPIED
         self._integrity.add(L2_TABLE, range(cluster, cluster + 1))
         if old:
             cluster = old >> self._cluster_bits
@@ -121,7 +143,7 @@ class L2Tables:
         """Replace words of a slice from :meth:`slice_for_writing`. Raises OSError; then none has changed."""
         found = self.slice(index)
         assert found is not None
-        table = self._l1[index >> self._slices_bits] & HOST_OFFSET
+        table = self._entry(index >> self._slices_bits) & HOST_OFFSET
         self._file.write(self._at(table, index) + position * 8, from_words(words))
         found[position : position + len(words)] = words
         self.changes += 1

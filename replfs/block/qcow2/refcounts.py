@@ -165,6 +165,8 @@ class Refcounts:
 
     def free(self, cluster: int, count: int) -> None:
         """Count clusters as used once less. Raises OSError (EIO, the image is marked corrupt) if one is metadata or not in use."""
+        if not count:
+            return
         self._integrity.check_data(cluster, count)
         while count:
             index, position = divmod(cluster, self.per_block)

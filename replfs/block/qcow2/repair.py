@@ -19,7 +19,15 @@ from replfs.block.file import File
 from replfs.block.qcow2 import bitmaps
 from replfs.block.qcow2.compression import descriptor
 from replfs.block.qcow2.entries import COMPRESSED, COPIED
-from replfs.block.qcow2.header import DATA_FILE, DIRTY, HOST_OFFSET, INCOMPATIBLE_AT, REFCOUNT_TABLE_AT, Header
+from replfs.block.qcow2.header import (
+    DATA_FILE,
+    DIRTY,
+    HOST_OFFSET,
+    INCOMPATIBLE_AT,
+    REFCOUNT_TABLE_AT,
+    REFCOUNT_TABLE_LIMIT,
+    Header,
+)
 from replfs.block.qcow2.refcounts import Block
 from replfs.block.qcow2.snapshots import Snapshot
 from replfs.block.qcow2.words import from_words, to_words
@@ -48,24 +56,36 @@ class _Rebuild:
         self._snapshots_length = snapshots_length
         self._bits = header.cluster_bits
         self._clusters = -(-file.length() >> self._bits) + 1  # the last one: compressed data may be said to end behind the file
+        self._per_block = header.cluster * 8 >> header.refcount_order
         self._entry_words = 2 if header.extended else 1
 
     def run(self) -> Header:
-        header, size = self._header, self._header.cluster
-        per_block = size * 8 >> header.refcount_order
-        start, table, blocks = self._clusters, 1, 1
-        while (needed := -(-(start + table + blocks) // per_block)) > blocks or -(-needed * 8 >> self._bits) > table:
-            blocks, table = max(blocks, needed), max(table, -(-needed * 8 >> self._bits))
-        self._file.truncate((start + table + blocks) << self._bits)
-        step = -(-_WINDOW // per_block) * per_block
-        for low in range(0, blocks * per_block, step):
-            counts = self._count(low, min(low + step, blocks * per_block))
-            for cluster in range(max(start, low), min(start + table + blocks, low + len(counts))):
-                counts[cluster - low] += 1
-            self._fix_copied(low, counts)
-            self._write_blocks(low, counts, (start + table) << self._bits)
-        words = array.array("Q", [(start + table + i) << self._bits for i in range(blocks)])
-        self._file.write(start << self._bits, from_words(words).ljust(table << self._bits, b"\0"))
+        header, per_block = self._header, self._per_block
+        needed, start = self._survey()
+        table = 1
+        while True:
+            blocks = needed.copy()
+            blocks.add_range(start // per_block, (start + table + len(needed) - 1) // per_block + 1)
+            entries = blocks.max() + 1
+            if blocks == needed and -(-entries * 8 >> self._bits) <= table:
+                break
+            needed, table = blocks, max(table, -(-entries * 8 >> self._bits))
+        if table << self._bits > REFCOUNT_TABLE_LIMIT:
+            raise self._damaged("its refcount table would be larger than QEMU allows")
+        words = array.array("Q", bytes(table << self._bits))
+        for i, index in enumerate(needed):
+            words[index] = (start + table + i) << self._bits
+        self._file.truncate(max((start + table + len(needed)) << self._bits, self._file.length()))
+        step = -(-_WINDOW // per_block)
+        for first in range(0, entries, step):
+            if needed.range_cardinality(first, first + step):
+                counts = self._count(first * per_block, min(first + step, entries) * per_block)
+                low = first * per_block
+                for cluster in range(max(start, low), min(start + table + len(needed), low + len(counts))):
+                    counts[cluster - low] += 1
+                self._fix_copied(low, counts)
+                self._write_blocks(first, counts, words)
+        self._file.write(start << self._bits, from_words(words))
         self._file.sync_now()
         self._file.write(REFCOUNT_TABLE_AT, struct.pack(">QI", start << self._bits, table))
         self._file.sync_now()
@@ -77,6 +97,21 @@ class _Rebuild:
             incompatible=header.incompatible & ~DIRTY,
         )
 
+    def _survey(self) -> tuple[BitMap64, int]:
+        """Which refcount blocks are needed, and the first cluster behind all that is used, and behind the old refcounts."""
+        header, per_block = self._header, self._per_block
+        needed, end, latest = BitMap64(), header.refcount_table_clusters + (header.refcount_table_offset >> self._bits), -1
+        for entry in to_words(self._file.read_now(header.refcount_table_offset, header.refcount_table_clusters << self._bits)):
+            end = max(end, min((entry >> self._bits) + 1, self._clusters))
+        for first, last in self._used():
+            if last > self._clusters:
+                raise self._damaged(f"cluster {last - 1} is used, and the file has not got it")
+            end = max(end, last)
+            if not first // per_block == (last - 1) // per_block == latest:
+                latest = (last - 1) // per_block
+                needed.add_range(first // per_block, latest + 1)
+        return needed, end
+
     def _damaged(self, why: str) -> ReplfsError:
         return ReplfsError(
             f"{printable(self._file.path)} was left dirty by the last process that wrote to it, and cannot be repaired here:"
@@ -87,8 +122,6 @@ class _Rebuild:
         """How often each cluster of ``low .. high`` is used."""
         counts = array.array("I", bytes(4 * (high - low)))
         for first, last in self._used():
-            if last > self._clusters:
-                raise self._damaged(f"cluster {last - 1} is used, and the file has not got it")
             for cluster in range(max(first, low), min(last, high)):
                 counts[cluster - low] += 1
         return counts
@@ -106,7 +139,13 @@ class _Rebuild:
             yield found[0].start, found[0].stop
             for cluster in found[1]:
                 yield cluster, cluster + 1
+        l1_clusters = BitMap64()
         for l1_offset, l1_entries in (Snapshot(header.l1_offset, header.l1_entries), *self._snapshots):
+            clusters = BitMap64()
+            clusters.add_range(*self._range(l1_offset, l1_entries * 8))
+            if not clusters.isdisjoint(l1_clusters):
+                raise self._damaged(f"the L1 table at {l1_offset} overlaps another")
+            l1_clusters |= clusters
             yield self._range(l1_offset, l1_entries * 8)
             l1 = to_words(self._file.read_now(l1_offset, l1_entries * 8))
             tables = [entry & HOST_OFFSET for entry in l1 if entry & HOST_OFFSET]
@@ -157,13 +196,13 @@ class _Rebuild:
             if fixed(entry) != entry:
                 self._file.write(header.l1_offset + i * 8, struct.pack(">Q", fixed(entry)))
 
-    def _write_blocks(self, low: int, counts: "array.array[int]", first_block: int) -> None:
-        header = self._header
-        per_block = header.cluster * 8 >> header.refcount_order
+    def _write_blocks(self, first: int, counts: "array.array[int]", table: "array.array[int]") -> None:
+        """The blocks from the ``first`` on that ``table`` has a place for."""
+        order, per_block = self._header.refcount_order, self._per_block
         for i in range(0, len(counts), per_block):
-            values = counts[i : i + per_block].tolist()
-            if max(values) >= 1 << (1 << header.refcount_order):
-                raise self._damaged(f"a cluster is used {max(values)} times, more than its refcounts can say")
-            block = Block(bytearray(header.cluster), header.refcount_order)
-            _, raw = block.changed(0, values)
-            self._file.write(first_block + ((low + i) // per_block << self._bits), raw)
+            if offset := table[first + i // per_block]:
+                values = counts[i : i + per_block].tolist()
+                if max(values) >= 1 << (1 << order):
+                    raise self._damaged(f"a cluster is used {max(values)} times, more than its refcounts can say")
+                _, raw = Block(bytearray(self._header.cluster), order).changed(0, values)
+                self._file.write(offset, raw)
