@@ -483,10 +483,10 @@ class Image(Node):
     def _store_zeroes(self, start: int, stop: int, keep: bool) -> list[tuple[int, int]]:
         """Mark whole subclusters as zero. Never suspends. Raises OSError.
 
-        Gives back the clusters of the data file that nothing leads to any more, and that :meth:`_release` is to be called for.
+        Gives back what of the data file nothing leads to any more, and :meth:`_release` is to be called for: (offset, length) in
+        bytes.
         """
         self._begin_change()
-        assert self._refcounts is not None
         bits, words = self._cluster_bits, self._words
         released: list[tuple[int, int]] = []
         while start < stop:
@@ -501,30 +501,45 @@ class Image(Node):
             new = self._entries.zeroed(old, cluster, start, until, self._backed, keep)
             if new != old:
                 self._l2.put(index, at, new)
-                shared = array.array("Q")
                 for i in range(0, len(old), words):
-                    if old[i] & PLACE == new[i] & PLACE:
-                        continue
-                    cluster = (old[i] & HOST_OFFSET) >> bits
-                    if self._entries.own(old[i]) and (self._external or self._refcounts.get(cluster) == 1):
-                        _append_run(released, cluster)
-                    else:
-                        shared.extend(old[i : i + words])
-                self._let_go(shared)
+                    if old[i] & PLACE != new[i] & PLACE:
+                        base = cluster + i // words << bits
+                        self._give_up(released, old[i], max(start, base) - base, min(until, base + self._cluster) - base)
             start = until
         return released
 
+    def _give_up(self, released: list[tuple[int, int]], entry: int, start: int, stop: int) -> None:
+        """Count what an entry led to once less, but for what nobody else uses: that is appended to ``released``.
+
+        In an external data file, which has no refcounts, that is ``start .. stop`` of the cluster, the bytes that are the
+        request's own: others may be writing to the rest of it.
+        """
+        if self._external:
+            if self._entries.own(entry):
+                _append_run(released, (entry & HOST_OFFSET) + start, stop - start)
+            return
+        assert self._refcounts is not None
+        first, used = self._leads_to(entry)
+        for cluster in range(first, first + used):
+            if self._refcounts.get(cluster) == 1:
+                _append_run(released, cluster << self._cluster_bits, self._cluster)
+            else:
+                self._refcounts.free(cluster, 1)
+
     async def _release(self, runs: list[tuple[int, int]]) -> None:
-        """Give the room of clusters back: first in the file, and only then may they be used again."""
-        bits = self._cluster_bits
-        for cluster, count in runs:
-            with trio.CancelScope(shield=True):  # or they would be leaked
+        """Give room back: first in the file, and only then may its clusters be used again."""
+        with trio.CancelScope(shield=True):  # or they would be leaked
+            problem = None
+            for offset, length in runs:
                 try:
-                    await self.data.discard(cluster << bits, count << bits)
-                finally:
-                    if not self._external:
-                        assert self._refcounts is not None
-                        self._refcounts.free(cluster, count)
+                    await self.data.discard(offset, length)
+                except OSError as error:
+                    problem = error
+                if not self._external:
+                    assert self._refcounts is not None
+                    self._refcounts.free(offset >> self._cluster_bits, length >> self._cluster_bits)
+            if problem is not None:
+                raise problem
 
     # The rest
 
@@ -559,8 +574,8 @@ class Image(Node):
         os.unlink(self.file.path)
 
 
-def _append_run(runs: list[tuple[int, int]], cluster: int) -> None:
-    if runs and sum(runs[-1]) == cluster:
-        runs[-1] = runs[-1][0], runs[-1][1] + 1
+def _append_run(runs: list[tuple[int, int]], offset: int, length: int) -> None:
+    if runs and sum(runs[-1]) == offset:
+        runs[-1] = runs[-1][0], runs[-1][1] + length
     else:
-        runs.append((cluster, 1))
+        runs.append((offset, length))
