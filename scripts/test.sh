@@ -4,7 +4,7 @@
 # The whole run is bounded: should it ever hang, it is ended after LIMIT seconds, with the stacks of what it hung in.
 set -eu
 cd "$(dirname "$0")/.."
-LIMIT=1500
+LIMIT=2700
 scripts/setup.sh test
 PATH="$PWD/.venv/bin:$PATH"
 export PATH

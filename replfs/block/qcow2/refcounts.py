@@ -19,7 +19,7 @@ from replfs.block.qcow2.integrity import Integrity
 from replfs.block.qcow2.words import from_words, to_words
 
 _SCAN_BYTES: Final = 1 << 20
-"""Of refcount blocks, that one allocation looks through before the file grows."""
+"""Of refcount blocks, that one allocation looks through before the file grows. A small block counts as one of 16 KiB."""
 
 TABLE: Final = "refcount table"
 BLOCK: Final = "refcount block"
@@ -148,7 +148,7 @@ class Refcounts:
             first = (index + 1) * self.per_block
             if not growing:
                 self._lowest = first
-                to_scan -= len(block.raw)
+                to_scan -= max(len(block.raw), 16 << 10)
                 if to_scan < 0:
                     first, growing = max(first, self.end), True
         first = index * self.per_block + free
