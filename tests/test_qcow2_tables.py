@@ -1,13 +1,24 @@
 """Refcount blocks of every width against a list, and the cache that tables share."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
+from disks import assert_sound, qemu_img
 from hypothesis import given
 from hypothesis import strategies as st
 
 from replfs.block.cache import Cache, Shelf
+from replfs.block.file import File
+from replfs.block.node import Data
+from replfs.block.qcow2.header import Header
+from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.refcounts import Block
+from replfs.volume.disk import open_disk
 
 BYTES = 32
+SIZE = 6 << 20
 
 
 @pytest.mark.parametrize("order", range(7))
@@ -37,6 +48,55 @@ def test_narrow_refcounts_begin_at_the_lowest_bit(order: int, raw: bytes) -> Non
     expected = {0: [1, 0, 1, 0, 0, 0, 0, 0], 1: [0, 1, 2, 0], 2: [1, 4], 3: [7], 4: [0x102]}[order]
     block = Block(bytearray(raw), order)
     assert [block.get(i) for i in range(len(expected))] == expected
+
+
+class Device(File):
+    """A file that behaves as a block device does: it has an end."""
+
+    fixed = True  # type: ignore[assignment]
+
+    def write(self, offset: int, data: Data) -> None:
+        if offset + len(data) > SIZE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(offset, data)
+
+    def truncate(self, length: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+async def test_an_image_on_a_block_device_uses_all_of_it_and_is_full_then(tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path, "16M")
+    os.truncate(path, SIZE)
+    file = Device.open(str(path), writable=True)
+    image = Image(file, Header.parse(file.read_now(0, 512), SIZE, str(path)), None, Cache())
+    written = 0
+    try:
+        while True:
+            await image.write(written * 512, b"d" * 512)
+            written += 1
+    except OSError as error:
+        assert error.errno == errno.ENOSPC  # noqa: PT017 - how far it came is what matters
+    assert written > SIZE // 512 * 0.9  # the tables take the rest; the refcount table had to be replaced
+    await image.discard(0, 512 * 64)
+    for offset in range(0, 512 * 64, 512):
+        await image.write(offset, b"e" * 512)
+    assert bytes(await image.read(0, written * 512)) == b"e" * 512 * 64 + b"d" * 512 * (written - 64)
+    await image.close()
+    assert path.stat().st_size == SIZE
+    assert_sound(path)
+
+
+async def test_an_image_of_64_tib_is_written_at_both_ends(tmp_path: Path) -> None:
+    path = tmp_path / "large.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "64T")
+    image = open_disk(path, "qcow2")
+    for offset in (0, image.size // 2, image.size - 4096):
+        await image.write(offset, b"here" * 1024)
+    for offset in (0, image.size // 2, image.size - 4096):
+        assert bytes(await image.read(offset, 4096)) == b"here" * 1024
+    await image.close()
+    assert_sound(path)
 
 
 def test_what_was_used_last_stays_and_the_limit_is_everybody_s() -> None:

@@ -14,6 +14,7 @@ Owns one file descriptor, with QEMU's image locks on it. What it promises:
 import ctypes
 import errno
 import os
+import stat
 from typing import Final
 
 import trio
@@ -62,6 +63,11 @@ class File:
             os.close(fd)
             raise
         return cls(fd, path)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it cannot grow: a block device."""
+        return stat.S_ISBLK(os.fstat(self.fd).st_mode)
 
     def length(self) -> int:
         """Bytes up to the end of the file or device, now."""

@@ -100,6 +100,7 @@ class Refcounts:
         self._lowest = 0  # no cluster below is free, as far as is known
         self.end = -(-file.length() >> header.cluster_bits)
         """Clusters from here on were never written to."""
+        self._limit = file.length() >> header.cluster_bits if file.fixed else None
         integrity.survey(TABLE, self._table_offset, len(self._table) * 8)
         integrity.survey_table(BLOCK, self._table)
 
@@ -137,6 +138,8 @@ class Refcounts:
         """
         first, growing, to_scan = self._lowest, False, _SCAN_BYTES
         while True:
+            if self._limit is not None and first >= self._limit:
+                raise OSError(errno.ENOSPC, f"{self._file.path} is full")
             index, position = divmod(first, self.per_block)
             if index >= len(self._table):
                 self._grow()
@@ -149,9 +152,13 @@ class Refcounts:
             if not growing:
                 self._lowest = first
                 to_scan -= max(len(block.raw), 16 << 10)
-                if to_scan < 0:
-                    first, growing = max(first, self.end), True
+                if to_scan < 0 and self._limit is None:
+                    first, growing = max(first, min(self.end, len(self._table) * self.per_block)), True
         first = index * self.per_block + free
+        if self._limit is not None:
+            wanted = min(wanted, self._limit - first)
+            if wanted <= 0:
+                raise OSError(errno.ENOSPC, f"{self._file.path} is full")
         count = 1
         while count < wanted and free + count < self.per_block and not block.get(free + count):
             count += 1
@@ -206,9 +213,9 @@ class Refcounts:
         return block
 
     def _grow(self) -> None:
-        """Replace the table by a larger one, behind all that the old one counts, with the blocks that count both."""
+        """Replace the table by a larger one, with the blocks that count both, behind what the old one counts: all is free there."""
         bits, per_block, old = self._cluster_bits, self.per_block, len(self._table)
-        start = max(self.end, old * per_block)
+        start = old * per_block
         table_clusters = blocks = 1
         while True:
             stop = start + table_clusters + blocks
@@ -218,10 +225,12 @@ class Refcounts:
             if need_table <= table_clusters and need_blocks <= blocks:
                 break
             table_clusters, blocks = max(table_clusters, need_table), max(blocks, need_blocks)
+        if self._limit is not None and stop > self._limit:
+            raise OSError(errno.ENOSPC, f"{self._file.path} is full")
         if table_clusters << bits > REFCOUNT_TABLE_LIMIT:
             raise OSError(errno.EFBIG, f"{self._file.path}: its refcount table is as large as QEMU allows")
         table = array.array("Q", [*self._table, *bytes((table_clusters << bits - 3) - old)])
-        self._file.truncate(stop << bits)
+        self._integrity.check_data(start, stop - start)
         for i in range(blocks):
             index = first_index + i
             block = Block(bytearray(1 << bits), self._order)
@@ -233,7 +242,7 @@ class Refcounts:
         self._file.write(start << bits, from_words(table))
         self._file.write(REFCOUNT_TABLE_AT, struct.pack(">QI", start << bits, table_clusters))
         old_clusters = self._table_clusters()
-        self._table, self._table_offset, self.end = table, start << bits, stop
+        self._table, self._table_offset, self.end = table, start << bits, max(self.end, stop)
         self._integrity.remove(TABLE, old_clusters)
         self._integrity.add(TABLE, self._table_clusters())
         self._integrity.add(BLOCK, range(start + table_clusters, stop))
