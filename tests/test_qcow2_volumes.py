@@ -225,7 +225,7 @@ def test_a_backing_file_elsewhere_needs_to_be_allowed(sides: Sides) -> None:
     assert f"say --allow-backing {base}" in refused.stderr
     assert not side.state_dir.exists()
     for allowed in (base, elsewhere):
-        side.mount("--allow-backing", "/nowhere", "--allow-backing", allowed)
+        side.mount("--allow-backing", "/nowhere", "--allow-backing", allowed, "--cache-size", "1M")
         assert side.content() == content(5)
         side.umount()
 
