@@ -90,6 +90,11 @@ def _fork() -> bool:
         os.chdir("/")
         return True
     os.close(_ready_pipe)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         if os.read(reader, 1):
             return False
@@ -97,6 +102,8 @@ def _fork() -> bool:
         os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         raise ReplfsError(f"the daemon was killed by signal {os.WTERMSIG(status)} before the file could be used")

@@ -120,8 +120,8 @@ def test_a_name_that_is_not_utf_8(place: Path) -> None:
     assert "is not UTF-8" in refused(place, place / "link.raw", place / "mnt", status=2)
 
 
-@pytest.mark.parametrize("foreground", [True, False])
-def test_a_start_that_is_interrupted(place: Path, foreground: bool) -> None:
+@pytest.mark.parametrize(("foreground", "number"), [(True, signal.SIGINT), (False, signal.SIGINT), (False, signal.SIGTERM)])
+def test_a_start_that_is_interrupted(place: Path, foreground: bool, number: signal.Signals) -> None:
     """While it waits for a server that says nothing. What runs in the background then ends too."""
     before = tree(place)
     with socket.socket(socket.AF_UNIX) as silent:
@@ -137,7 +137,7 @@ def test_a_start_that_is_interrupted(place: Path, foreground: bool) -> None:
         ]
         with subprocess.Popen(words + ["-f"] * foreground, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             connection, _ = silent.accept()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, said = process.communicate(timeout=60)
             with connection:
                 connection.settimeout(60)
@@ -271,6 +271,7 @@ def test_a_lost_overlay_is_told_and_nothing_is_mounted(sides: Sides, layer: str,
         (("d", "m", "--uid", "no-such-user"), "no-such-user"),
         *((("d", "m", "--cache-size", size), "not a size") for size in ("", "M", "-1M", "1.5M", "1X", "9" * 20)),
         (("d", "m", "--cache-size", "1023K"), "less than 1M"),
+        (("d", "m", "--allow-backing", "/no/where"), "'/no/where' does not exist"),
         (("d", "m", "-o", "allow_other,fast"), "'fast'"),
         (("d", "m", "--nothing"), "--nothing"),
         (("d", "m", "too many"), "too many"),

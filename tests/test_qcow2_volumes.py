@@ -1,5 +1,6 @@
 """qcow2 images as the disks of both sides, mounted: replication, kills, locks against QEMU's own programs, and memory."""
 
+import itertools
 import json
 import os
 import random
@@ -136,14 +137,15 @@ def test_an_external_data_file_is_shown(sides: Sides) -> None:
     assert "data in" in replfs("status", far.point).stdout
 
 
-def test_forwarded_zeroes_give_room_back(sides: Sides) -> None:
+@pytest.mark.parametrize("cluster", ["4k", "64k", "2M"])
+def test_forwarded_zeroes_give_room_back(sides: Sides, cluster: str) -> None:
     disk, whole = sides.folder / "far.qcow2", sides.folder / "whole"
     whole.write_bytes(content(1))
-    qemu_img("convert", "-O", "qcow2", whole, disk)
+    qemu_img("convert", "-O", "qcow2", "-o", f"cluster_size={cluster}", whole, disk)
     far = secondary(sides, disk)
     before = disk.stat().st_blocks
     nbdsh(sides, f"h.zero({SIZE}, 0)")
-    assert disk.stat().st_blocks < before // 4
+    assert before - disk.stat().st_blocks >= SIZE * 3 // 4 // 512
     assert on_disk(disk) == bytes(SIZE)
     assert far.content() == content(1)
 
@@ -202,7 +204,10 @@ def test_a_backing_file_that_qemu_writes_to_is_not_opened(sides: Sides) -> None:
     side = secondary(sides, disk, mounted=False)
     base = disk.with_suffix(".base")
     with held_by_qemu(base, "-f", "raw"):
-        assert f"{base} is in use" in replfs("secondary", disk, side.point, *side.arguments, check=False).stderr
+        assert (
+            f"{disk}: its backing file {base} is in use"
+            in replfs("secondary", disk, side.point, *side.arguments, check=False).stderr
+        )
     side.mount()
 
 
@@ -225,9 +230,49 @@ def test_a_backing_file_elsewhere_needs_to_be_allowed(sides: Sides) -> None:
     assert f"say --allow-backing {base}" in refused.stderr
     assert not side.state_dir.exists()
     for allowed in (base, elsewhere):
-        side.mount("--allow-backing", "/nowhere", "--allow-backing", allowed, "--cache-size", "1M")
+        side.mount("--allow-backing", "/tmp/", "--allow-backing", allowed, "--cache-size", "1M")
         assert side.content() == content(5)
         side.umount()
+
+
+@pytest.mark.parametrize("name", ["below/base.raw", ".base.raw", "link.raw"])
+def test_what_is_hidden_or_below_needs_to_be_allowed_too(sides: Sides, name: str) -> None:
+    """Or an image in a home directory could have the guest read what is in .netrc, and write to .bashrc as its data file."""
+    (sides.folder / "below").mkdir()
+    (sides.folder / "link.raw").symlink_to(".base.raw")
+    for base in ("below/base.raw", ".base.raw"):
+        (sides.folder / base).write_bytes(content(5))
+    disks = [sides.folder / "over.qcow2", sides.folder / "data.qcow2"]
+    qemu_img("create", "-f", "qcow2", "-b", name, "-F", "raw", disks[0])
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={sides.folder / name},data_file_raw=on", disks[1], str(SIZE))
+    point = sides.folder / "mnt"
+    point.mkdir()
+    for disk in disks:
+        refused = replfs("secondary", disk, point, "--listen", f"unix:{sides.socket}", "--format", "qcow2", check=False)
+        assert "say --allow-backing" in refused.stderr
+
+
+def test_a_long_chain_has_a_status_that_can_be_read(sides: Sides) -> None:
+    names = [f"{'n' * 240}{i}" for i in range(190)]
+    qemu_img("create", "-f", "raw", sides.folder / names[0], "1M")
+    for below, name in itertools.pairwise(names):
+        kind = "raw" if below is names[0] else "qcow2"
+        qemu_img("create", "-u", "-f", "qcow2", "-b", below, "-F", kind, sides.folder / name, "1M")
+    top = sides.folder / "top"
+    (sides.folder / names[-1]).rename(top)
+    far = secondary(sides, top)
+    status = far.status()
+    assert (len(status["backing"]), status["more-backing"]) == (8, 181)
+    assert "and 181 more backing files" in replfs("status", far.point).stdout
+
+
+def test_a_disk_that_was_resized_is_told_so(sides: Sides) -> None:
+    disk = compressed_over_a_base(sides.folder / "far.qcow2", content(1))
+    far = secondary(sides, disk)
+    far.umount()
+    qemu_img("resize", disk, "+1M")
+    refused = replfs("secondary", disk, far.point, *far.arguments, check=False)
+    assert f"the disk's size has changed from {SIZE} to {SIZE + (1 << 20)} bytes" in refused.stderr
 
 
 def test_an_image_with_damage_is_served_and_says_so(sides: Sides) -> None:

@@ -1,8 +1,8 @@
 """Opening an image with everything that it names: backing files, and theirs, and an external data file.
 
-An image must not be able to name any file of the host. What it names is opened only from the disk's own directory (or below), and
-from where the user has allowed; what a name leads to is looked at after all links, on an open descriptor, so nothing can be put
-in its place in between. Backing files are opened for reading only.
+An image must not be able to name any file of the host. What it names is opened only from the disk's own directory (not below it,
+and no hidden file), and from where the user has allowed; what a name leads to is looked at after all links, on an open
+descriptor, so nothing can be put in its place in between. Backing files are opened for reading only.
 """
 
 import errno
@@ -29,8 +29,7 @@ class Chain:
     def __init__(self, file: File, allowed: Sequence[Path], cache: Cache) -> None:
         """``file`` is the disk's, open for writing. A block device has no directory of its own."""
         self._allowed = [str(path) for path in allowed]
-        if stat.S_ISREG(os.fstat(file.fd).st_mode):
-            self._allowed.append(os.path.dirname(os.path.realpath(file.path)))
+        self._own = os.path.dirname(os.path.realpath(file.path)) if not file.fixed else None
         self._cache = cache
         self._files = [file]
 
@@ -63,7 +62,7 @@ class Chain:
             if header.backing_format not in ("raw", "qcow2"):
                 raise ReplfsError(
                     f"{printable(file.path)}: its backing file is of the format {printable(header.backing_format)!r}; raw and"
-                    " qcow2 can be used",
+                    " qcow2 can be used: copy it to one of them with qemu-img convert, and name that with qemu-img rebase -u",
                     errno.EOPNOTSUPP,
                 )
             file = self._named(file, header.backing_file, "backing file", False)
@@ -81,7 +80,10 @@ class Chain:
         shown = f"{printable(image.path)}: its {what} {printable(name)}"
         plain = name.removeprefix("file:")
         if ":" in plain.split("/")[0] or not plain or "\0" in plain:
-            raise ReplfsError(f"{shown} is not a plain file name, and only those can be used", errno.EOPNOTSUPP)
+            raise ReplfsError(
+                f"{shown} is not a plain file name, and only those can be used: name the file itself with qemu-img rebase -u",
+                errno.EOPNOTSUPP,
+            )
         path = os.path.join(os.path.dirname(image.path), plain)
         try:
             probe = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -97,12 +99,10 @@ class Chain:
     def _open(self, probe: int, path: str, shown: str, writable: bool) -> File:
         real = os.readlink(f"/proc/self/fd/{probe}")
         info = os.fstat(probe)
-        if not any(real == place or real.startswith(place.rstrip("/") + "/") for place in self._allowed) or (
-            stat.S_ISBLK(info.st_mode) and real not in self._allowed
-        ):
+        if not self._may_open(real, stat.S_ISBLK(info.st_mode)):
             raise ReplfsError(
-                f"{shown} is {printable(real)}, outside the disk's directory: if the image may use it, say --allow-backing"
-                f" {printable(real)}",
+                f"{shown} is {printable(real)}, which is not in the disk's own directory, or hidden: if the image may use it, say"
+                f" --allow-backing {printable(real)}",
                 errno.EPERM,
             )
         if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
@@ -112,10 +112,20 @@ class Chain:
                 raise ReplfsError(f"{shown} is part of the same chain already: the chain is a loop", errno.ELOOP)
         fd = os.open(f"/proc/self/fd/{probe}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY)
         try:
-            lock(fd, path, writable=writable)
+            lock(fd, shown, writable=writable)
         except BaseException:
             os.close(fd)
             raise
         file = File(fd, path)
         self._files.append(file)
         return file
+
+    def _may_open(self, real: str, device: bool) -> bool:
+        if real in self._allowed:
+            return True
+        if device:
+            return False
+        folder, name = os.path.split(real)
+        return (folder == self._own and not name.startswith(".")) or any(
+            real.startswith(place.rstrip("/") + "/") for place in self._allowed
+        )

@@ -19,7 +19,7 @@ from replfs.block.qcow2.overlay import SUBCLUSTER
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 1 << 20
+_PIECE = 2 << 20  # the largest cluster of a qcow2 disk, so that whole ones can give their room back
 
 
 class CopyBeforeWrite(Node):

@@ -20,11 +20,12 @@ _NAMES: Final = {_CONSISTENT_READ: "read", _WRITE: "write", _RESIZE: "resize"}
 _FLOCK: Final = struct.Struct("hhqqi4x")
 
 
-def lock(fd: int, path: str, *, writable: bool) -> None:
-    """Lock an image that is open: nobody else writes to it, and no two of us.
+def lock(fd: int, name: str, *, writable: bool) -> None:
+    """Lock an image that is open, and that errors call ``name``: nobody else writes to it, and no two of us.
 
     Raises InUse, or ReplfsError if it cannot be locked.
     """
+    shown = printable(name, 2000)
     use = (_CONSISTENT_READ, _WRITE, _RESIZE) if writable else (_CONSISTENT_READ,)
     unshare = (_WRITE, _RESIZE)
     try:
@@ -33,19 +34,16 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
         for n in use:
             if _is_held(fd, _UNSHARED + n):
                 raise InUse(
-                    f"{printable(path)} is in use by another process, which lets nobody else {_NAMES[n]} it: unmount or stop"
-                    " that one first"
+                    f"{shown} is in use by another process, which lets nobody else {_NAMES[n]} it: unmount or stop that one first"
                 )
         for n in unshare:
             if _is_held(fd, _USED + n):
-                raise InUse(
-                    f"{printable(path)} is in use by another process, which may {_NAMES[n]} it: unmount or stop that one first"
-                )
+                raise InUse(f"{shown} is in use by another process, which may {_NAMES[n]} it: unmount or stop that one first")
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InUse(f"{printable(path)} is in use by another process: unmount or stop that one first") from None
+            raise InUse(f"{shown} is in use by another process: unmount or stop that one first") from None
         raise ReplfsError(
-            f"{printable(path)} cannot be locked ({error.strerror}): its file system must have open file description locks",
+            f"{shown} cannot be locked ({error.strerror}): its file system must have open file description locks",
             error.errno or errno.EIO,
         ) from error
 

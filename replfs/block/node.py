@@ -53,7 +53,10 @@ class Node(ABC):
 
     @abstractmethod
     async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
-        """What the range consists of, from its start: ``limit`` at most, and one at least unless it is empty."""
+        """What the range consists of, from its start: ``limit`` at most, and one at least unless it is empty.
+
+        They may end before the range does.
+        """
 
     @abstractmethod
     async def close(self) -> None:

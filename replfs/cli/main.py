@@ -166,9 +166,10 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--allow-backing",
                 multiple=True,
+                type=click.Path(exists=True, path_type=str),
                 metavar="PATH",
                 help="A file, or a directory with all below it, that a qcow2 DISK may name as its backing or data file."
-                " It may name those in its own directory, and below, anyway. Repeatable.",
+                " It may name those in its own directory anyway, but for hidden ones. Repeatable.",
             ),
             click.option(
                 "--cache-size",

@@ -17,6 +17,7 @@ def show(status: dict[str, Any]) -> str:
         ("size", size(status["size"])),
         ("disk", _file(status["disk"])),
         *(("backing", _file(file)) for file in status["backing"]),
+        *([("", f"and {_count(status['more-backing'], 'more backing file')}")] if status["more-backing"] else []),
         *((name, _file(overlay)) for name, overlay in status.get("overlays", {}).items()),
         ("listen", _listen(status)) if "listen" in status else ("target", _target(status)),
         ("durability", status["durability"]),
@@ -24,7 +25,7 @@ def show(status: dict[str, Any]) -> str:
         ("process", f"{status['pid']}, replfs {status['version']}"),
     ]
     width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(f"{name + ':':<{width}}{printable(text)}" for name, text in rows)
+    return "\n".join(f"{name + ':' if name else '':<{width}}{printable(text)}" for name, text in rows)
 
 
 def _listen(status: dict[str, Any]) -> str:

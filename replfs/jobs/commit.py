@@ -5,7 +5,7 @@ import trio
 from replfs.block.replication.secondary import SecondaryFilter
 
 _WINDOW = 4 << 20
-_PIECE = 1 << 20
+_PIECE = 2 << 20  # the largest cluster of a qcow2 disk, so that whole ones can give their room back
 
 
 async def commit(view: SecondaryFilter) -> None:
@@ -39,7 +39,7 @@ async def _copy(view: SecondaryFilter, start: int, stop: int) -> None:
     assert view.layers is not None
     for first, last, held in view.split(view.layers, start, stop):
         while held and first < last:
-            extent = (await view.layers.active.extents(first, min(last - first, _PIECE), 1))[0]
+            extent = (await view.layers.active.extents(first, min(last - first, _PIECE - first % _PIECE), 1))[0]
             if extent.zero:
                 await view.disk.write_zeroes(first, extent.length)
             else:

@@ -198,7 +198,7 @@ class Volume(ABC):
             "pid": os.getpid(),
             "state-dir": str(self.config.state_dir),
             "disk": describe(self.disk),
-            "backing": describe_chain(self.disk),
+            **describe_chain(self.disk),
             **self._side_status(),
         }
 

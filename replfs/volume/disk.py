@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from replfs.block.cache import Cache
 from replfs.block.chain import Chain
@@ -14,6 +14,8 @@ from replfs.block.qcow2.header import MAGIC
 from replfs.block.qcow2.image import Image
 from replfs.block.raw import Raw
 from replfs.errors import ReplfsError, printable
+
+_SHOWN: Final = 8
 
 
 def open_disk(path: Path, disk_format: str | None, allow_backing: Sequence[Path] = (), cache: Cache | None = None) -> Raw | Image:
@@ -66,13 +68,20 @@ def describe(node: Raw | Image) -> dict[str, Any]:
     return found
 
 
-def describe_chain(disk: Raw | Image) -> list[dict[str, Any]]:
-    """The backing files of a disk, from the nearest on."""
-    found = []
+def describe_chain(disk: Raw | Image) -> dict[str, Any]:
+    """The backing files of a disk for the status, from the nearest on; of a long chain how many more there are.
+
+    The status is an extended attribute, which can have 64 KiB.
+    """
+    found: list[dict[str, Any]] = []
+    more = 0
     while isinstance(disk, Image) and disk.backing is not None:
         disk = disk.backing
-        found.append(describe(disk))
-    return found
+        if len(found) < _SHOWN:
+            found.append(describe(disk))
+        else:
+            more += 1
+    return {"backing": found, "more-backing": more}
 
 
 def resolve(path: str) -> Path:

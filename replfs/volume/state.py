@@ -203,6 +203,12 @@ def check_identity(state: State, disk: DiskIdentity, mode: Mode, state_dir: Path
             errno.EINVAL,
         )
     if state.disk != disk:
+        if disk == msgspec.structs.replace(state.disk, size=disk.size):
+            raise ReplfsError(
+                f"the disk's size has changed from {state.disk.size} to {disk.size} bytes since {printable(str(state_dir))} was"
+                " written: make it what it was, or remove that directory to start over with what the disk itself holds",
+                errno.EINVAL,
+            )
         was, now = (
             f"{printable(known.path)}, {known.format}, {known.size} bytes, inode {known.inode}" for known in (state.disk, disk)
         )

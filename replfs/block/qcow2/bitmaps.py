@@ -13,8 +13,8 @@ from replfs.block.qcow2.words import to_words
 
 _ENTRY: Final = struct.Struct(">QIIBBHI")
 _DIRECTORY_LIMIT: Final = 1 << 20
-_CLUSTERS_LIMIT: Final = 1 << 20
-_TABLE_LIMIT: Final = 1 << 20  # entries, each for a whole cluster of bits
+_CLUSTERS_LIMIT: Final = 1 << 17
+_TABLE_LIMIT: Final = 1 << 17  # entries, each for a whole cluster of bits
 
 
 def clusters(file: File, directory: BitmapDirectory, cluster_bits: int) -> tuple[range, list[int]] | None:

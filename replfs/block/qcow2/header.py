@@ -42,7 +42,7 @@ _BITMAPS_EXTENSION: Final = 0x23852875
 _DATA_FILE_NAME: Final = 0x44415441
 
 _ENCRYPTION: Final = {1: "AES", 2: "LUKS"}
-_L1_LIMIT: Final = 32 << 20
+L1_LIMIT: Final = 32 << 20
 REFCOUNT_TABLE_LIMIT: Final = 8 << 20
 _SNAPSHOT_LIMIT: Final = 65536
 _BITMAP_LIMIT: Final = 65535
@@ -147,7 +147,7 @@ class _Parser:
     def header(self) -> Header:
         start = self._start
         if start[:4] != MAGIC:
-            raise ReplfsError(f"{self._shown} is not a qcow2 image: it does not begin like one", errno.EINVAL)
+            raise ReplfsError(f"{self._shown} is not a qcow2 image: if it is a raw disk, say --format raw", errno.EINVAL)
         if len(start) < _V2.size:
             raise self._damaged("the file ends within it")
         _, version, backing_offset, backing_length, cluster_bits, size, encryption, *rest = _V2.unpack_from(start)
@@ -247,7 +247,7 @@ class _Parser:
     def _check_tables(self, header: Header) -> None:
         if header.size % SECTOR:
             raise self._damaged(f"a disk of {header.size} bytes, which is not a multiple of {SECTOR}")
-        if header.l1_entries * 8 > _L1_LIMIT or header.size >= 1 << 63:
+        if header.l1_entries * 8 > L1_LIMIT or header.size >= 1 << 63:
             raise self._unsupported(f"a disk of {header.size} bytes with an L1 table of {header.l1_entries} entries is too large")
         if header.l1_entries < -(-header.size >> header.span_bits):
             raise self._damaged(f"an L1 table of {header.l1_entries} entries is too small for a disk of {header.size} bytes")

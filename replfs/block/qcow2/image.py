@@ -32,6 +32,8 @@ from replfs.block.raw import Raw
 from replfs.errors import ReplfsError, printable
 
 _PIECE: Final = 1 << 20
+_STEPS: Final = 256  # that one call of extents takes at most: it may tell of less than it was asked for
+_EMPTY_SPANS: Final = 4096
 _decompressions: Final = trio.CapacityLimiter(4)  # at once: each may take two clusters of memory
 
 
@@ -148,7 +150,12 @@ class Image(Node):
                 if len(ranges) == 1:
                     data = await self._read_range(ranges[0])
                 else:
-                    data = b"".join([await self._read_range(part) for part in ranges])
+                    parts = []
+                    for part in ranges:
+                        parts.append(await self._read_range(part))
+                        if len(parts) % 256 == 0:  # others are to have their turn, however fragmented the image is
+                            await trio.lowlevel.checkpoint()
+                    data = b"".join(parts)
             except OSError:  # which may be because it lies elsewhere by now
                 if changes == self._l2.changes or self.ranges(offset, stop) == ranges:
                     raise
@@ -199,7 +206,10 @@ class Image(Node):
     async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
         found: list[Extent] = []
         stop = offset + length
-        while offset < stop and len(found) <= limit:  # one more than the limit, since the last one may go on
+        steps = 0
+        while offset < stop and len(found) <= limit and steps < _STEPS:  # one more than the limit: the last one may go on
+            if steps % 16 == 15:
+                await trio.lowlevel.checkpoint()
             until = min(stop, self._next_slice(offset))
             changes = self._l2.changes
             ranges = self.ranges(offset, until)
@@ -209,6 +219,7 @@ class Image(Node):
             for extent in part:
                 merge(found, extent)
             offset = end
+            steps += 1
         return found[:limit]
 
     async def _extents_of(self, ranges: list[Range], limit: int) -> tuple[list[Extent], int]:
@@ -231,9 +242,16 @@ class Image(Node):
         return found, ranges[-1].stop
 
     def _next_slice(self, position: int) -> int:
-        """Up to where one slice of tables, or the lack of a table, tells of the disk."""
-        bits = self._slice_bits + self._cluster_bits if self.may_hold(position)[0] else self._span_bits
-        return ((position >> bits) + 1) << bits
+        """Up to where one slice of tables, or the lack of tables, tells of the disk."""
+        if self.may_hold(position)[0]:
+            bits = self._slice_bits + self._cluster_bits
+            return ((position >> bits) + 1) << bits
+        index = (position >> self._span_bits) + 1
+        for _ in range(_EMPTY_SPANS):
+            if index << self._span_bits >= self.size or self._l2.has_table(index):
+                break
+            index += 1
+        return index << self._span_bits
 
     # Writing
 
@@ -386,11 +404,18 @@ class Image(Node):
                 continue
             position = cluster + i << self._cluster_bits
             self._entries.split([], entry, bitmap, position, position + 1)
-            if not self._external:
-                first, used = self._leads_to(entry)
-                if first + used > self._refcounts.end + bool(entry & COMPRESSED):  # whose end is rounded up to whole sectors
+            if self._external:
+                if entry & HOST_OFFSET >= self.size + -self.size % self._cluster:
                     raise self._entries.damaged(position)
-                self._integrity.check_data(first, used)
+                continue
+            first, used = self._leads_to(entry)
+            if first + used > self._refcounts.end + bool(entry & COMPRESSED):  # whose end is rounded up to whole sectors
+                raise self._entries.damaged(position)
+            for host in range(
+                first, first + used
+            ):  # an image that was repaired may share a cluster with a table, and count it twice
+                if self._integrity.is_metadata(host) and (self._entries.own(entry) or self._refcounts.get(host) < 2):
+                    self._integrity.check_data(host, 1)
 
     def _leads_to(self, entry: int) -> tuple[int, int]:
         """The clusters of the file that an entry uses: (the first, how many)."""

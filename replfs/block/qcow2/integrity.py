@@ -6,7 +6,6 @@ logged, the corrupt bit is set as QEMU does, and from then on nothing is written
 Known metadata is all that the header leads to but the L2 tables of snapshots and the contents of bitmaps, as in QEMU's default.
 """
 
-import array
 import errno
 import logging
 import struct
@@ -15,13 +14,12 @@ from typing import Final
 from pyroaring import BitMap64
 
 from replfs.block.file import File
-from replfs.block.qcow2.header import AUTOCLEAR_AT, CORRUPT, HOST_OFFSET, INCOMPATIBLE_AT, Header
+from replfs.block.qcow2.header import AUTOCLEAR_AT, CORRUPT, INCOMPATIBLE_AT, Header
 from replfs.errors import printable
 
 logger = logging.getLogger(__name__)
 
 _BITS: Final = struct.Struct(">Q")
-_PIECE: Final = 1 << 16  # entries of a table, at once
 
 
 class Integrity:
@@ -45,16 +43,19 @@ class Integrity:
         """Note metadata that the image has when it is opened, in bytes. Where it overlaps, the first attempt to write will tell."""
         self._note(kind, _clusters(range(offset >> self._bits, -(-(offset + length) >> self._bits))))
 
-    def survey_table(self, kind: str, table: "array.array[int]") -> None:
-        """Note the clusters that a table's entries lead to. One that is not aligned, or behind the file's end, leads nowhere."""
+    def survey_table(self, kind: str, offsets: list[int], *, shared: bool = False) -> None:
+        """Note the clusters at these offsets, as a table has them: one that is 0, not aligned, or behind the file's end is none.
+
+        ``shared``: they are copied before they are written to, so they may be used elsewhere too.
+        """
         size, end = 1 << self._bits, self._file.length()
-        for i in range(0, len(table), _PIECE):
-            offsets = [entry & HOST_OFFSET for entry in table[i : i + _PIECE] if entry & HOST_OFFSET]
-            new = [offset >> self._bits for offset in offsets if not offset & size - 1 and offset < end]
-            clusters = BitMap64(new)
-            if len(clusters) != len(new) and not self._suspicion:
-                self._suspicion = f"a {kind} overlaps another"
-            self._note(kind, clusters)
+        new = [offset >> self._bits for offset in offsets if offset and not offset & size - 1 and offset < end]
+        clusters = BitMap64(new)
+        if shared:
+            clusters -= self._all
+        elif len(clusters) != len(new) and not self._suspicion:
+            self._suspicion = f"a {kind} overlaps another"
+        self._note(kind, clusters)
 
     def _note(self, kind: str, new: BitMap64) -> None:
         if not self._suspicion and not new.isdisjoint(self._all):

@@ -46,7 +46,9 @@ class L2Tables:
         if integrity is not None:
             integrity.survey("L1 table", header.l1_offset, header.l1_entries * 8)
             for first in range(0, header.l1_entries, _SURVEY):
-                integrity.survey_table(L2_TABLE, self._read_l1(first, _SURVEY))
+                part = self._read_l1(first, _SURVEY)
+                integrity.survey_table(L2_TABLE, [entry & HOST_OFFSET for entry in part if entry & COPIED])
+                integrity.survey_table(L2_TABLE, [entry & HOST_OFFSET for entry in part if not entry & COPIED], shared=True)
 
     def _read_l1(self, first: int, count: int) -> "array.array[int]":
         count = min(count, self._l1_entries - first)
@@ -136,7 +138,8 @@ class L2Tables:
         self._integrity.add(L2_TABLE, range(cluster, cluster + 1))
         if old:
             cluster = old >> self._cluster_bits
-            self._integrity.remove(L2_TABLE, range(cluster, cluster + 1))
+            if self._refcounts.get(cluster) == 1:  # else it is a table still, for example of a snapshot
+                self._integrity.remove(L2_TABLE, range(cluster, cluster + 1))
             self._refcounts.free(cluster, 1)
 
     def put(self, index: int, position: int, words: "array.array[int]") -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from replfs.block.cache import Cache
 from replfs.block.file import File
-from replfs.block.qcow2.header import BACKING_NAME_LIMIT, EXTENDED_L2, LARGEST_CLUSTER, SECTOR, Header
+from replfs.block.qcow2.header import BACKING_NAME_LIMIT, EXTENDED_L2, L1_LIMIT, LARGEST_CLUSTER, SECTOR, Header
 from replfs.block.qcow2.image import Image
 from replfs.block.raw import Raw
 from replfs.errors import ReplfsError, printable
@@ -39,6 +39,8 @@ def create_overlay(path: str, size: int, backing_file: str, backing_format: str)
         )
     size += -size % SECTOR
     l1_entries = -(-size // SPAN)
+    if l1_entries * 8 > L1_LIMIT:
+        raise ReplfsError(f"a disk of {size} bytes is too large for an overlay, which can be of {L1_LIMIT // 8 * SPAN} bytes")
     l1_clusters = -(-l1_entries * 8 // CLUSTER)
     at_most = 1 + l1_clusters + -(-size // CLUSTER) + l1_entries  # with every cluster of the disk written once
     blocks_at_most = -(-at_most // (_PER_BLOCK - 1)) + 1

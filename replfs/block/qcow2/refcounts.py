@@ -21,6 +21,8 @@ from replfs.block.qcow2.words import from_words, to_words
 _SCAN_BYTES: Final = 1 << 20
 """Of refcount blocks, that one allocation looks through before the file grows. A small block counts as one of 16 KiB."""
 
+_SURVEY: Final = 1 << 16  # entries of the table, at once
+
 TABLE: Final = "refcount table"
 BLOCK: Final = "refcount block"
 
@@ -102,7 +104,8 @@ class Refcounts:
         """Clusters from here on were never written to."""
         self._limit = file.length() >> header.cluster_bits if file.fixed else None
         integrity.survey(TABLE, self._table_offset, len(self._table) * 8)
-        integrity.survey_table(BLOCK, self._table)
+        for first_entry in range(0, len(self._table), _SURVEY):
+            integrity.survey_table(BLOCK, self._table[first_entry : first_entry + _SURVEY].tolist())
 
     def _table_clusters(self) -> range:
         first = self._table_offset >> self._cluster_bits
@@ -171,10 +174,12 @@ class Refcounts:
         return first, count, fresh
 
     def free(self, cluster: int, count: int) -> None:
-        """Count clusters as used once less. Raises OSError (EIO, the image is marked corrupt) if one is metadata or not in use."""
+        """Count clusters as used once less.
+
+        Raises OSError (EIO, and the image is marked corrupt) if one is not in use, or is metadata that nobody else uses.
+        """
         if not count:
             return
-        self._integrity.check_data(cluster, count)
         while count:
             index, position = divmod(cluster, self.per_block)
             block = self._block(index) if index < len(self._table) else None
@@ -182,6 +187,9 @@ class Refcounts:
             values = [block.get(position + i) - 1 for i in range(here)] if block else [-1]
             if block is None or min(values) < 0:
                 raise self._integrity.damaged(f"cluster {cluster + values.index(-1)} is used and not counted")
+            for i, value in enumerate(values):
+                if value == 0:
+                    self._integrity.check_data(cluster + i, 1)
             self._set(index, block, position, values)
             if 0 in values:
                 self._lowest = min(self._lowest, cluster + values.index(0))

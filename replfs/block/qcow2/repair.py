@@ -36,6 +36,7 @@ from replfs.errors import ReplfsError, printable
 logger = logging.getLogger(__name__)
 
 _WINDOW: Final = 8 << 20  # clusters, of 4 bytes each
+_WINDOWS: Final = 64  # or it would take too long, since each goes through all tables
 
 
 def rebuild_refcounts(file: File, header: Header, snapshots: list[Snapshot], snapshots_length: int) -> Header:
@@ -75,8 +76,11 @@ class _Rebuild:
         words = array.array("Q", bytes(table << self._bits))
         for i, index in enumerate(needed):
             words[index] = (start + table + i) << self._bits
-        self._file.truncate(max((start + table + len(needed)) << self._bits, self._file.length()))
+        if not self._file.fixed:
+            self._file.truncate(max((start + table + len(needed)) << self._bits, self._file.length()))
         step = -(-_WINDOW // per_block)
+        if entries > _WINDOWS * step:
+            raise self._damaged("it is too large")
         for first in range(0, entries, step):
             if needed.range_cardinality(first, first + step):
                 counts = self._count(first * per_block, min(first + step, entries) * per_block)
