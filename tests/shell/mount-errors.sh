@@ -21,7 +21,7 @@ is running stage b
 replfs umount b
 refused 'is the state of a secondary volume' replfs primary b.raw b --target 'nbd+unix:///disk?socket=nbd.sock'
 truncate -s 5M b.raw
-refused 'is the state of another disk' replfs secondary b.raw b --listen unix:nbd.sock
+refused 'size has changed from 4194304 to 5242880 bytes' replfs secondary b.raw b --listen unix:nbd.sock
 
 # Wrong usage.
 truncate -s 4M b.raw
