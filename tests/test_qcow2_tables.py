@@ -117,6 +117,26 @@ async def test_an_image_that_qemu_has_repaired_is_written_to(tmp_path: Path, wha
         assert_sound(path)
 
 
+async def test_a_table_that_is_said_to_be_shared_is_not_given_back_if_it_is_another(tmp_path: Path) -> None:
+    """An L1 entry without COPIED leads to the L1 table itself: to write there would copy that table, and free the old one."""
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "1M")
+    with path.open("r+b") as file:
+        l1 = int.from_bytes(file.read(48)[40:48])
+        file.seek(l1)
+        file.write(l1.to_bytes(8))
+    image = open_disk(path, "qcow2")
+    with pytest.raises(OSError, match="corrupt"):
+        await image.write(40 * 512, b"w" * 512)  # what the L1 table holds for it, read as an L2 table, is nothing
+    for cluster in range(64, 256):
+        with pytest.raises(OSError, match="corrupt"):
+            await image.write(cluster * 512, b"w" * 512)
+    await image.close()
+    with path.open("rb") as file:
+        file.seek(l1 + 8)
+        assert file.read(8 * 31) == bytes(8 * 31)
+
+
 async def test_an_image_of_64_tib_is_written_at_both_ends(tmp_path: Path) -> None:
     path = tmp_path / "large.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", path, "64T")

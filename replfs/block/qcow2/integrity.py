@@ -54,12 +54,12 @@ class Integrity:
         if shared:
             clusters -= self._all
         elif len(clusters) != len(new) and not self._suspicion:
-            self._suspicion = f"a {kind} overlaps another"
+            self._suspicion = f"one {kind} overlaps another"
         self._note(kind, clusters)
 
     def _note(self, kind: str, new: BitMap64) -> None:
         if not self._suspicion and not new.isdisjoint(self._all):
-            self._suspicion = f"a {kind} overlaps the {self._kind(min(new & self._all))}"
+            self._suspicion = f"the {kind} overlaps the {self._kind(min(new & self._all))}"
         self._all |= new
         self._kinds.setdefault(kind, BitMap64()).update(new)
 
@@ -67,12 +67,13 @@ class Integrity:
         """Note that clusters are metadata. Raises OSError (EIO): some are already, so the image is damaged."""
         new = _clusters(clusters)
         if not new.isdisjoint(self._all):
-            raise self.damaged(f"a {kind} overlaps the {self._kind(min(new & self._all))}")
+            raise self.damaged(f"the {kind} overlaps the {self._kind(min(new & self._all))}")
         self._all |= new
         self._kinds.setdefault(kind, BitMap64()).update(new)
 
     def remove(self, kind: str, clusters: range) -> None:
-        old = _clusters(clusters)
+        """Note that clusters are no longer metadata of this kind. Those that are of another stay what they are."""
+        old = _clusters(clusters) & self._kinds[kind]
         self._all -= old
         self._kinds[kind] -= old
 
