@@ -1,7 +1,7 @@
 """The memory that the tables of a volume's images may take together, least recently used first out.
 
 One :class:`Cache` is the limit; each image has a :class:`Shelf` in it for every kind of table it keeps. What lies on a shelf is
-also in the file, word for word, so anything may be dropped at any time.
+also in the file, word for word, so anything may be dropped at any time. Only the trio thread uses them.
 """
 
 from typing import Final, Generic, TypeVar

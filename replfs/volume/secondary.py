@@ -7,6 +7,7 @@ changed right after it. What the state file does not name is a leftover, wheneve
 
 import errno
 import logging
+import os
 from typing import Any
 
 import msgspec
@@ -85,8 +86,8 @@ class SecondaryVolume(Volume):
 
     async def _close(self) -> None:
         if self._spare is not None:
-            await trio.to_thread.run_sync(_remove, self._spare)
-            self._spare = None
+            spare, self._spare = self._spare, None
+            await _remove(spare)
         if self.view.layers is not None:
             layers, self.view.layers, self.exported.hidden = self.view.layers, None, None
             try:
@@ -106,15 +107,18 @@ class SecondaryVolume(Volume):
 
     # Pairs of overlays
 
-    def _make_pair(self, generation: int) -> Layers:
-        """Make a generation's overlays, empty and on stable storage. Waits for the device. Raises OSError, ReplfsError."""
+    async def _make_pair(self, generation: int) -> Layers:
+        """Make a generation's overlays, empty and on stable storage, and open them. Raises OSError, ReplfsError."""
+        await trio.to_thread.run_sync(self._create_pair, generation)
+        return self._open_pair(generation)
+
+    def _create_pair(self, generation: int) -> None:
         hidden, active = self.directory.overlay("hidden", generation), self.directory.overlay("active", generation)
         hidden.unlink(missing_ok=True)
         active.unlink(missing_ok=True)
         create_overlay(str(hidden), self.view.size, self.state.disk.path, self.state.disk.format)
         create_overlay(str(active), self.view.size, f"./{hidden.name}", "qcow2")
         self.directory.sync()
-        return self._open_pair(generation)
 
     def _open_pair(self, generation: int) -> Layers:
         """Raises ReplfsError."""
@@ -130,7 +134,7 @@ class SecondaryVolume(Volume):
         async with self.control_lock:
             if self.state.stage is Stage.RUNNING and self._spare is None:
                 try:
-                    self._spare = await trio.to_thread.run_sync(self._make_pair, self.state.generation + 1)
+                    self._spare = await self._make_pair(self.state.generation + 1)
                 except (OSError, ReplfsError) as error:
                     logger.warning("the next checkpoint's overlays could not be made yet: %s", error)
 
@@ -143,14 +147,14 @@ class SecondaryVolume(Volume):
         if layers is not None:
             try:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(_remove, layers)
+                    await _remove(layers)
             except OSError as error:
                 logger.warning("an old overlay could not be deleted, the next mount will try again: %s", error)
 
     # Control
 
     async def _start(self) -> None:
-        layers = await trio.to_thread.run_sync(self._make_pair, self.state.generation)
+        layers = await self._make_pair(self.state.generation)
         try:
             async with self.gate.shut():
                 problem = await self._save(stage=Stage.RUNNING, error=False)
@@ -167,7 +171,7 @@ class SecondaryVolume(Volume):
         await self.drop_cache()  # pages that a mapping has changed belong to what is dropped now
         await self.disk.flush()  # most of it, while requests still pass
         if self._spare is None:
-            self._spare = await trio.to_thread.run_sync(self._make_pair, self.state.generation + 1)
+            self._spare = await self._make_pair(self.state.generation + 1)
         old = self.view.layers
         async with self.gate.shut():
             await self.disk.flush()
@@ -266,6 +270,9 @@ def _raise(problem: ReplfsError | None) -> None:
         raise problem
 
 
-def _remove(layers: Layers) -> None:
-    layers.active.remove()
-    layers.hidden.remove()
+async def _remove(layers: Layers) -> None:
+    """Close two overlays, and delete their files, which may take long. Raises OSError."""
+    layers.active.release()
+    layers.hidden.release()
+    for image in (layers.active, layers.hidden):
+        await trio.to_thread.run_sync(os.unlink, image.file.path)

@@ -12,7 +12,6 @@ stays counted until the hole in the file is made, so that nobody else gets it be
 
 import array
 import errno
-import os
 from typing import Final
 
 import trio
@@ -592,11 +591,6 @@ class Image(Node):
         self.file.close()
         if self._owns_backing and self.backing is not None:
             self.backing.release()
-
-    def remove(self) -> None:
-        """Close the image and delete its file."""
-        self.release()
-        os.unlink(self.file.path)
 
 
 def _append_run(runs: list[tuple[int, int]], offset: int, length: int) -> None:
