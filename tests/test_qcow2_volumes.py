@@ -12,8 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 from disks import qemu_img
 from harness import Side, Sides, replfs, run, wait_for
+from volumes import config
+
+from replfs.block.replication.rules import Mode
+from replfs.volume.secondary import SecondaryVolume
 
 SIZE = 4 << 20
 KIB = 1024
@@ -129,6 +134,19 @@ def test_the_status_tells_every_file_with_its_format_and_room(sides: Sides) -> N
     assert re.search(r"^disk: +\S+far\.qcow2, qcow2, [\d.]+ .iB allocated$", shown, re.MULTILINE)
 
 
+def test_all_images_of_a_volume_share_one_cache(sides: Sides) -> None:
+    """So that --cache-size is what it says: the disk's tables and the overlays' are counted together."""
+    disk = compressed_over_a_base(sides.folder / "far.qcow2", content(1))
+    settings = config(sides.folder, Mode.SECONDARY, disk=disk, state_dir=sides.folder / "state")
+    volume = SecondaryVolume(settings, "qcow2")
+    assert volume.cache.used == 0
+    assert trio.run(volume.disk.read, SIZE // 2, 512) == content(1)[SIZE // 2 :][:512]
+    assert volume.cache.used > 0
+    volume.disk.release()
+    volume.directory.close()
+    assert volume.cache.used == 0
+
+
 def test_an_external_data_file_is_shown(sides: Sides) -> None:
     disk = sides.folder / "far.qcow2"
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={sides.folder / 'far.data'}", disk, str(SIZE))
@@ -197,6 +215,17 @@ def test_readers_of_one_backing_file_do_not_disturb_each_other(sides: Sides) -> 
     with held_by_qemu(other):
         assert far.content() == content(1)
     run("qemu-io", "-c", "write 0 512", other)
+
+
+def test_a_disk_that_is_a_backing_file_of_qemu_s_is_not_written_to(sides: Sides) -> None:
+    disk = compressed_over_a_base(sides.folder / "far.qcow2", content(1))
+    over = sides.folder / "over.qcow2"
+    qemu_img("create", "-f", "qcow2", "-b", disk, "-F", "qcow2", over)
+    side = secondary(sides, disk, mounted=False)
+    with held_by_qemu(over):
+        refused = replfs("secondary", disk, side.point, *side.arguments, check=False)
+        assert "is in use by another process, which lets nobody else write it" in refused.stderr
+    side.mount()
 
 
 def test_a_backing_file_that_qemu_writes_to_is_not_opened(sides: Sides) -> None:

@@ -106,7 +106,7 @@ class Integrity:
             )
             if self._version >= 3:
                 try:
-                    self.set_incompatible(CORRUPT, True)
+                    self._file.write(INCOMPATIBLE_AT, _BITS.pack(self._incompatible | CORRUPT))
                 except OSError as error:
                     logger.error("%s could not be marked corrupt: %s", printable(self._file.path), error)
         return OSError(errno.EIO, f"{self._file.path} is corrupt: {why}")
@@ -117,12 +117,6 @@ class Integrity:
             raise self.damaged(self._suspicion)
         if self.damage:
             raise OSError(errno.EIO, f"{self._file.path} is corrupt and read-only: {self.damage}")
-
-    def set_incompatible(self, bit: int, value: bool) -> None:
-        """Write a feature bit into the header. Raises OSError."""
-        features = self._incompatible | bit if value else self._incompatible & ~bit
-        self._file.write(INCOMPATIBLE_AT, _BITS.pack(features))
-        self._incompatible = features
 
     def keep_autoclear(self, mask: int) -> None:
         """Clear the autoclear bits that are not in ``mask``: what they vouch for is not kept up from now on. Raises OSError."""
