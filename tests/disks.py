@@ -4,22 +4,22 @@ import subprocess
 from pathlib import Path
 
 from replfs.block.cache import Cache
-from replfs.block.file import File
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.overlay import create_overlay, open_overlay
 from replfs.block.raw import Raw
+from replfs.block.storage import Storage
 
 
 def raw(path: Path, content: bytes | int) -> Raw:
     """A raw disk with this content, or of this size and empty."""
     with path.open("wb") as file:
         file.truncate(content) if isinstance(content, int) else file.write(content)
-    return Raw(File.open(str(path), writable=True))
+    return Raw(Storage().open(str(path), writable=True))
 
 
 def overlay(path: Path, backing: Raw | Image, cache: Cache | None = None) -> Image:
-    create_overlay(str(path), backing.size, f"./{Path(backing.file.path).name}", backing.format)
-    return open_overlay(str(path), backing, cache or Cache())
+    create_overlay(Storage(), str(path), backing.size, f"./{Path(backing.file.path).name}", backing.format)
+    return open_overlay(Storage(), str(path), backing, cache or Cache())
 
 
 def qemu_img(*arguments: str | Path) -> str:

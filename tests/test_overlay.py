@@ -18,6 +18,7 @@ from replfs.block.cache import Cache
 from replfs.block.node import Extent
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.overlay import CLUSTER, SPAN, SUBCLUSTER, create_overlay, open_overlay
+from replfs.block.storage import Storage
 from replfs.errors import ReplfsError
 
 SIZE = 5 * CLUSTER + 777  # neither whole clusters, subclusters nor sectors
@@ -49,7 +50,7 @@ async def test_an_overlay_is_a_disk_and_qemu_agrees(steps: list[tuple[str, int, 
         for name, offset, length, seed in steps:
             if name == "reopen":
                 await image.close()
-                image = open_overlay(str(folder / "over.qcow2"), disk, Cache())
+                image = open_overlay(Storage(), str(folder / "over.qcow2"), disk, Cache())
             elif name == "write":
                 data = pattern(length, seed)
                 await image.write(offset, data)
@@ -181,13 +182,13 @@ async def test_more_data_than_one_refcount_block_counts(tmp_path: Path) -> None:
     for i in range(8):
         await image.write(i * CLUSTER, bytes([i + 1]) * CLUSTER)
     await image.close()
-    image = open_overlay(str(tmp_path / "over.qcow2"), disk, Cache())
+    image = open_overlay(Storage(), str(tmp_path / "over.qcow2"), disk, Cache())
     assert same(bytes(await image.read(0, 8 * CLUSTER)), b"".join(bytes([i + 1]) * CLUSTER for i in range(8)))
     await image.write(9 * CLUSTER, b"x")
     await image.close()
     qemu_img("check", "-r", "leaks", tmp_path / "over.qcow2")  # the clusters that were skipped
     assert_sound(tmp_path / "over.qcow2")
-    image = open_overlay(str(tmp_path / "over.qcow2"), disk, Cache())
+    image = open_overlay(Storage(), str(tmp_path / "over.qcow2"), disk, Cache())
     assert bytes(await image.read(9 * CLUSTER, 2)) == b"x\0"
 
 
@@ -270,10 +271,10 @@ async def test_a_damaged_header_is_refused_with_one_line(tmp_path: Path, positio
     content[position : position + 4] = b"\xff\xfe\xfd\xfc"
     path.write_bytes(content)
     if position in (64, 68, 80, 84, 88, 92, 108):  # where no snapshots are, features that need not be known, padding
-        await open_overlay(str(path), disk, Cache()).close()
+        await open_overlay(Storage(), str(path), disk, Cache()).close()
         return
     with pytest.raises(ReplfsError) as refused:
-        open_overlay(str(path), disk, Cache())
+        open_overlay(Storage(), str(path), disk, Cache())
     assert "\n" not in str(refused.value)
     assert str(path) in str(refused.value)
 
@@ -291,7 +292,7 @@ async def test_a_damaged_entry_is_an_io_error_for_what_it_maps(tmp_path: Path) -
     with path.open("r+b") as file:
         file.seek(table + 16)
         file.write(struct.pack(">Q", 12345))
-    image = open_overlay(str(path), disk, Cache())
+    image = open_overlay(Storage(), str(path), disk, Cache())
     assert bytes(await image.read(0, 4)) == b"good"
     with pytest.raises(OSError) as failed:
         await image.read(CLUSTER, 4)
@@ -301,10 +302,10 @@ async def test_a_damaged_entry_is_an_io_error_for_what_it_maps(tmp_path: Path) -
 async def test_an_overlay_is_never_made_over_a_file(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"precious")
     with pytest.raises(FileExistsError):
-        create_overlay(str(tmp_path / "precious"), CLUSTER, "./disk.raw", "raw")
+        create_overlay(Storage(), str(tmp_path / "precious"), CLUSTER, "./disk.raw", "raw")
     assert (tmp_path / "precious").read_bytes() == b"precious"
     with pytest.raises(ReplfsError, match="1023 bytes"):
-        create_overlay(str(tmp_path / "over.qcow2"), CLUSTER, "./" + "d" * 1030, "raw")
+        create_overlay(Storage(), str(tmp_path / "over.qcow2"), CLUSTER, "./" + "d" * 1030, "raw")
     assert os.listdir(tmp_path) == ["precious"]
 
 

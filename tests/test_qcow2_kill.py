@@ -21,6 +21,7 @@ import pytest
 import trio
 from harness import SECONDS, run
 
+from replfs.block.file import File
 from replfs.block.node import Node
 from replfs.volume.disk import open_disk
 
@@ -107,7 +108,7 @@ class Calls:
         self.begin(sys.maxsize)
         for name in ("pwrite", "pwritev", "ftruncate", "truncate", "posix_fallocate", "write", "copy_file_range"):
             monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-        monkeypatch.setattr("replfs.block.file._fallocate", self._counted(sys.modules["replfs.block.file"]._fallocate))
+        monkeypatch.setattr(File, "_fallocate", self._counted(File._fallocate))
 
     def begin(self, last: int, torn: bool = False) -> None:
         """``torn``: the write that is killed is done in part, up to the end of a page, as the kernel does it."""

@@ -18,6 +18,7 @@ from replfs.block.image_locks import lock
 from replfs.block.qcow2.header import LARGEST_CLUSTER, Header
 from replfs.block.qcow2.image import Image
 from replfs.block.raw import Raw
+from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
 
 _DEPTH_LIMIT: Final = 200
@@ -26,11 +27,12 @@ _DEPTH_LIMIT: Final = 200
 class Chain:
     """Opens one disk's files. ``allowed``: files and directories beyond the disk's own directory, without symbolic links."""
 
-    def __init__(self, file: File, allowed: Sequence[Path], cache: Cache) -> None:
+    def __init__(self, storage: Storage, file: File, allowed: Sequence[Path], cache: Cache) -> None:
         """``file`` is the disk's, open for writing. A block device has no directory of its own."""
         self._allowed = [str(path) for path in allowed]
         self._own = os.path.dirname(os.path.realpath(file.path)) if not file.fixed else None
         self._cache = cache
+        self._storage = storage
         self._files = [file]
 
     def open(self) -> Image:
@@ -116,7 +118,7 @@ class Chain:
         except BaseException:
             os.close(fd)
             raise
-        file = File(fd, path)
+        file = self._storage.adopt(fd, path)
         self._files.append(file)
         return file
 

@@ -1,68 +1,66 @@
 """A file of the host's: reads and writes that do not leave the trio thread unless they would block.
 
-Owns one file descriptor, with QEMU's image locks on it. What it promises:
+Owns one file descriptor. What it promises:
 
 * :meth:`File.read` answers from the page cache without suspending, and goes to a worker thread only for what the cache does
   not hold, so a reader must expect both.
 * :meth:`File.write` and :meth:`File.read_now` never suspend. Nodes build their atomic steps on that: between a look-up and the
   last write that depends on it nothing else runs.
 * :meth:`File.sync` returns after an ``fdatasync`` that began after it was called. Callers that come together share one, and a file
-  that was not written since the last one needs none. Once it has failed it fails for good: the kernel drops what it could
-  not write and would report the next one as a success.
+  that was not written since the last one needs none.
+* After an ``fdatasync`` that failed nothing is assumed clean: the kernel may have dropped what it could not write, and would report
+  the next one as a success. So the pages that were written since the last one that succeeded are *suspect*, and every sync fails
+  until each of them has been written again.
 """
 
 import ctypes
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import Final
 
 import trio
+from pyroaring import BitMap64
 
-from replfs.block.image_locks import lock
 from replfs.block.node import Data, Extent, merge
 
 _KEEP_SIZE: Final = 1  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 _PUNCH_HOLE: Final = 2
 _ZERO_RANGE: Final = 16
 _UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.ENOTTY})
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ZERO_STEP: Final = 1 << 20
 _ZEROES: Final = bytes(_ZERO_STEP)
+_PAGE_BITS: Final = 12
+_PAGE: Final = 1 << _PAGE_BITS
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    while _libc.fallocate(fd, mode, offset, length) != 0:
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
+def _note_nothing(path: str, kind: str, error: OSError) -> None:
+    """Where nobody counts errors."""
 
 
 class File:
-    """An open regular file or block device, ``path`` as it was named."""
+    """An open regular file or block device, ``path`` as it was named. Every OSError that it raises names it."""
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, note: Callable[[str, str, OSError], None] = _note_nothing) -> None:
+        """``note`` is told of every operation that fails: path, kind (see :class:`replfs.block.storage.IoErrors`), error."""
         self.fd = fd
         self.path = path
+        self._note = note
         self._no_wait = os.RWF_NOWAIT
-        self._dirty = True  # what an earlier process wrote may not be on stable storage either
+        self._inherited = True  # what an earlier process wrote may not be on stable storage either
+        self._unsynced = BitMap64()  # pages that were written since the last sync began
+        self._suspect = BitMap64()  # pages that an earlier sync could not make durable
         self._sync_lock = trio.Lock()
         self._rounds_begun = 0
-        self._sync_error: OSError | None = None
 
-    @classmethod
-    def open(cls, path: str, *, writable: bool, create: bool = False) -> "File":
-        """Open and lock a file; ``create`` makes a new one (0600) and fails if there is one. Raises OSError, InUse, ReplfsError."""
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | (os.O_CREAT | os.O_EXCL if create else 0)
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
-        try:
-            lock(fd, path, writable=writable)
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls(fd, path)
+    def _failed(self, kind: str, error: OSError) -> OSError:
+        self._note(self.path, "full" if error.errno in _NO_ROOM else kind, error)
+        return OSError(error.errno, f"{self.path}: {error.strerror}")
 
     @property
     def fixed(self) -> bool:
@@ -77,17 +75,22 @@ class File:
         """Bytes of room that the file takes on its file system (0 for a device)."""
         return os.fstat(self.fd).st_blocks * 512
 
+    # Reading
+
     def read_now(self, offset: int, length: int) -> bytes:
         """Bytes from ``offset`` on, fewer only at the end of the file; waits for the device in place."""
-        data = os.pread(self.fd, length, offset)
-        if len(data) == length or not data:
-            return data
-        parts = [data]
-        got = len(data)
-        while got < length and (data := os.pread(self.fd, length - got, offset + got)):
-            parts.append(data)
-            got += len(data)
-        return b"".join(parts)
+        try:
+            data = os.pread(self.fd, length, offset)
+            if len(data) == length or not data:
+                return data
+            parts = [data]
+            got = len(data)
+            while got < length and (data := os.pread(self.fd, length - got, offset + got)):
+                parts.append(data)
+                got += len(data)
+            return b"".join(parts)
+        except OSError as error:
+            raise self._failed("read", error) from None
 
     async def read(self, offset: int, length: int) -> Data:
         """Bytes from ``offset`` on, fewer only at the end of the file. Suspends only if the page cache has not got them."""
@@ -99,70 +102,147 @@ class File:
             pass  # the page cache has nothing of it: the worker thread below reads it
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
-                raise
+                raise self._failed("read", error) from None
             self._no_wait = 0  # this file system has no RWF_NOWAIT; from now on it is read in place
         return await trio.to_thread.run_sync(self.read_now, offset, length)
 
+    # Writing
+
+    def _changing(self, offset: int, length: int) -> None:
+        self._unsynced.add_range(offset >> _PAGE_BITS, (offset + length + _PAGE - 1) >> _PAGE_BITS)
+
+    def _changed(self, offset: int, length: int) -> None:
+        """Whole pages that were written again are as good as any."""
+        end = offset + length
+        last = end + _PAGE - 1 if end >= self.length() else end
+        self._suspect.remove_range((offset + _PAGE - 1) >> _PAGE_BITS, last >> _PAGE_BITS)
+
     def write(self, offset: int, data: Data) -> None:
         """Write all of ``data``. After an error, any part of it may have been written."""
-        self._dirty = True
-        written = os.pwrite(self.fd, data, offset)
-        if written != len(data):
-            view = memoryview(data)
-            while written < len(view):
-                written += os.pwrite(self.fd, view[written:], offset + written)
+        length = len(data)
+        self._unsynced.add_range(offset >> _PAGE_BITS, (offset + length + _PAGE - 1) >> _PAGE_BITS)
+        try:
+            written = os.pwrite(self.fd, data, offset)
+            if written != length:
+                view = memoryview(data)
+                while written < length:
+                    written += os.pwrite(self.fd, view[written:], offset + written)
+        except OSError as error:
+            raise self._failed("write", error) from None
+        if self._suspect:
+            self._changed(offset, length)
+
+    def write_durably(self, offset: int, data: Data) -> None:
+        """As :meth:`write`, and these bytes are on stable storage when it returns, before anything else that was written.
+
+        For a few bytes, and rarely: it waits for the device in place.
+        """
+        self._changing(offset, len(data))
+        view = memoryview(data)
+        try:
+            while view:
+                written = os.pwritev(self.fd, [view], offset, os.RWF_DSYNC)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise self._failed("write", error) from None
 
     def truncate(self, length: int) -> None:
-        self._dirty = True
-        os.ftruncate(self.fd, length)
+        """Cut the file off or let it grow; what is new reads as zeroes."""
+        self._changing(max(length - 1, 0), 1)
+        try:
+            os.ftruncate(self.fd, length)
+        except OSError as error:
+            raise self._failed("write", error) from None
+
+    def reserve(self, length: int) -> None:
+        """Have room for the first ``length`` bytes, which a later write then finds. Raises OSError."""
+        try:
+            os.posix_fallocate(self.fd, 0, length)
+        except OSError as error:
+            raise self._failed("write", error) from None
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        while _libc.fallocate(self.fd, mode, offset, length) != 0:
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool) -> None:
         """Zeroes, by fallocate where the file system can: a hole if ``may_unmap``, else zeroes that keep their room."""
-        self._dirty = True
+        self._changing(offset, length)
         await trio.to_thread.run_sync(self._write_zeroes, offset, length, may_unmap)
-        self._dirty = True
+        self._changing(offset, length)
+        if self._suspect:
+            self._changed(offset, length)
 
     def _write_zeroes(self, offset: int, length: int, may_unmap: bool) -> None:
         for mode in (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE | _KEEP_SIZE) if may_unmap else (_ZERO_RANGE | _KEEP_SIZE,):
             try:
-                return _fallocate(self.fd, mode, offset, length)
+                return self._fallocate(mode, offset, length)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
-                    raise
+                    raise self._failed("write", error) from None
         for start in range(offset, offset + length, _ZERO_STEP):
             self.write(start, memoryview(_ZEROES)[: min(_ZERO_STEP, offset + length - start)])
 
     async def discard(self, offset: int, length: int) -> None:
         """Give the room of a range back, where the file system can; it is a hint, so one that can not is no error."""
-        self._dirty = True
+        self._changing(offset, length)
         try:
-            await trio.to_thread.run_sync(_fallocate, self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+            await trio.to_thread.run_sync(self._fallocate, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
-                raise
-        self._dirty = True
+                raise self._failed("discard", error) from None
+        self._changing(offset, length)
+
+    # Stable storage
+
+    def _fdatasync(self) -> None:
+        os.fdatasync(self.fd)
 
     def sync_now(self) -> None:
         """As :meth:`sync`, in place and by itself: while nobody else uses the file."""
-        self._dirty = False
-        os.fdatasync(self.fd)
+        unsynced = self._begin_round()
+        try:
+            self._fdatasync()
+        except OSError as error:
+            raise self._round_failed(unsynced, error) from None
+        self._check_suspect()
 
     async def sync(self) -> None:
-        """Everything written before this call is on stable storage when it returns. Raises OSError, from then on always."""
+        """Everything written before this call is on stable storage when it returns. Raises OSError."""
         covered_by = self._rounds_begun + 1
         async with self._sync_lock:
-            if self._sync_error:
-                raise OSError(self._sync_error.errno, f"{self.path}: an earlier fdatasync failed: {self._sync_error.strerror}")
-            if self._rounds_begun >= covered_by or not self._dirty:
-                return
-            self._rounds_begun += 1
-            self._dirty = False
-            try:
-                with trio.CancelScope(shield=True):  # others may be counting on this round
-                    await trio.to_thread.run_sync(os.fdatasync, self.fd)
-            except OSError as error:
-                self._sync_error = error
-                raise
+            if self._rounds_begun < covered_by and (self._unsynced or self._inherited):
+                unsynced = self._begin_round()
+                try:
+                    with trio.CancelScope(shield=True):  # others may be counting on this round
+                        await trio.to_thread.run_sync(self._fdatasync)
+                except OSError as error:
+                    raise self._round_failed(unsynced, error) from None
+            self._check_suspect()
+
+    def _begin_round(self) -> BitMap64:
+        self._rounds_begun += 1
+        unsynced, self._unsynced = self._unsynced, BitMap64()
+        if self._inherited:
+            unsynced.add_range(0, (self.length() >> _PAGE_BITS) + 1)
+            self._inherited = False
+        return unsynced
+
+    def _round_failed(self, unsynced: BitMap64, error: OSError) -> OSError:
+        self._suspect |= unsynced | self._unsynced  # what was written meanwhile may be what has failed
+        return self._failed("sync", error)
+
+    def _check_suspect(self) -> None:
+        """Raises OSError (EIO) if an earlier sync has failed for what was not written since."""
+        if self._suspect:
+            first = self._suspect.min() << _PAGE_BITS
+            raise OSError(
+                errno.EIO,
+                f"{self.path}: an earlier fdatasync failed, and {len(self._suspect) << _PAGE_BITS} bytes from {first} on, which it"
+                " was to make durable, were not written again since",
+            )
 
     def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
         """Data and holes as the file system tells them; where it does not, all is data."""

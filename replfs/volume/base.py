@@ -18,6 +18,7 @@ import replfs
 from replfs.block.cache import Cache
 from replfs.block.node import Node
 from replfs.block.replication.rules import Mode, Operation, Stage, Verdict, check_start_mode, get_error, verdict
+from replfs.block.storage import Storage
 from replfs.errors import ReplfsError
 from replfs.volume.config import Config
 from replfs.volume.disk import describe, describe_chain, open_disk
@@ -35,16 +36,17 @@ class Volume(ABC):
 
     view: Node
 
-    def __init__(self, config: Config, disk_format: str | None) -> None:
+    def __init__(self, config: Config, disk_format: str | None, storage: Storage | None = None) -> None:
         """Open and lock the disk and the state directory, and read the state; nothing is written yet.
 
         Raises ReplfsError; then nothing is left open.
         """
         self.config = config
         self.cache = Cache(config.cache_size)
-        self.disk = open_disk(config.disk, disk_format, config.allow_backing, self.cache)
+        self.storage = storage or Storage()
+        self.disk = open_disk(config.disk, disk_format, config.allow_backing, self.cache, self.storage)
         try:
-            self.directory = StateDirectory(config.state_dir)
+            self.directory = StateDirectory(config.state_dir, self.storage)
             try:
                 identity = identify(config.disk, self.disk.format, self.disk.size, config.state_dir)
                 saved = self.directory.load()
@@ -199,6 +201,7 @@ class Volume(ABC):
             "state-dir": str(self.config.state_dir),
             "disk": describe(self.disk),
             **describe_chain(self.disk),
+            "io-errors": self.storage.errors.counts(),
             **self._side_status(),
         }
 

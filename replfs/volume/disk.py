@@ -9,20 +9,26 @@ from typing import Any, Final
 
 from replfs.block.cache import Cache
 from replfs.block.chain import Chain
-from replfs.block.file import File
 from replfs.block.qcow2.header import MAGIC
 from replfs.block.qcow2.image import Image
 from replfs.block.raw import Raw
+from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
 
 _SHOWN: Final = 8
 
 
-def open_disk(path: Path, disk_format: str | None, allow_backing: Sequence[Path] = (), cache: Cache | None = None) -> Raw | Image:
+def open_disk(
+    path: Path,
+    disk_format: str | None,
+    allow_backing: Sequence[Path] = (),
+    cache: Cache | None = None,
+    storage: Storage | None = None,
+) -> Raw | Image:
     """Open a disk for reading and writing, lock it, and what it names. ``disk_format`` None: raw, if it does not look like qcow2.
 
-    ``allow_backing``: files and directories (without symbolic links) beyond the disk's own that its image may name. ``cache``: of
-    the volume, one of the default size unless given. Closing the node closes all. Raises ReplfsError if the disk cannot be used,
+    ``allow_backing``: files and directories (without symbolic links) beyond the disk's own that its image may name. ``cache`` and
+    ``storage``: of the volume, their own unless given. Closing the node closes all. Raises ReplfsError if the disk cannot be used,
     InUse if another process has it.
     """
     shown = printable(str(path))
@@ -31,14 +37,15 @@ def open_disk(path: Path, disk_format: str | None, allow_backing: Sequence[Path]
         if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
             what = "a directory" if stat.S_ISDIR(kind) else "neither a file nor a block device"
             raise ReplfsError(f"{shown} is {what}: name a disk image or a block device", errno.EINVAL)
-        file = File.open(str(path), writable=True)
+        storage = storage or Storage()
+        file = storage.open(str(path), writable=True)
     except OSError as error:
         raise ReplfsError(f"cannot open the disk {shown}: {error.strerror}", error.errno or errno.EIO) from error
     try:
         if file.length() == 0:
             raise ReplfsError(f"the disk {shown} is empty: make one first, for example with truncate -s 10G", errno.EINVAL)
         if disk_format == "qcow2":
-            image = Chain(file, allow_backing, cache or Cache()).open()
+            image = Chain(storage, file, allow_backing, cache or Cache()).open()
             if image.size == 0:
                 image.release()
                 raise ReplfsError(f"the disk {shown} has a size of 0: make it larger with qemu-img resize", errno.EINVAL)

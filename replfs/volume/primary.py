@@ -14,6 +14,7 @@ from replfs.block.mirror import Mirror
 from replfs.block.nbd import NbdTarget
 from replfs.block.replication.primary import PrimaryFilter
 from replfs.block.replication.rules import Stage
+from replfs.block.storage import Storage
 from replfs.errors import ReplfsError
 from replfs.volume.base import Volume
 from replfs.volume.config import Config
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class PrimaryVolume(Volume):
-    def __init__(self, config: Config, disk_format: str | None) -> None:
-        super().__init__(config, disk_format)
+    def __init__(self, config: Config, disk_format: str | None, storage: Storage | None = None) -> None:
+        super().__init__(config, disk_format, storage)
         assert config.target is not None
         self.filter = PrimaryFilter(self.disk.size)
         self.view: Mirror = Mirror(self.disk, self.filter)

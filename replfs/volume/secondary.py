@@ -7,7 +7,6 @@ changed right after it. What the state file does not name is a leftover, wheneve
 
 import errno
 import logging
-import os
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from replfs.block.locks import Gate
 from replfs.block.qcow2.overlay import create_overlay, open_overlay
 from replfs.block.replication.rules import Stage
 from replfs.block.replication.secondary import Layers, SecondaryFilter
+from replfs.block.storage import Storage
 from replfs.errors import ReplfsError
 from replfs.export.nbd import NbdServer
 from replfs.jobs.commit import commit
@@ -34,8 +34,8 @@ _FENCED = frozenset({Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE})
 class SecondaryVolume(Volume):
     view: SecondaryFilter
 
-    def __init__(self, config: Config, disk_format: str | None) -> None:
-        super().__init__(config, disk_format)
+    def __init__(self, config: Config, disk_format: str | None, storage: Storage | None = None) -> None:
+        super().__init__(config, disk_format, storage)
         assert config.listen is not None
         self.gate = Gate()
         self.view = SecondaryFilter(self.disk, self.gate)
@@ -87,7 +87,7 @@ class SecondaryVolume(Volume):
     async def _close(self) -> None:
         if self._spare is not None:
             spare, self._spare = self._spare, None
-            await _remove(spare)
+            await self._remove(spare)
         if self.view.layers is not None:
             layers, self.view.layers, self.exported.hidden = self.view.layers, None, None
             try:
@@ -114,17 +114,16 @@ class SecondaryVolume(Volume):
 
     def _create_pair(self, generation: int) -> None:
         hidden, active = self.directory.overlay("hidden", generation), self.directory.overlay("active", generation)
-        hidden.unlink(missing_ok=True)
-        active.unlink(missing_ok=True)
-        create_overlay(str(hidden), self.view.size, self.state.disk.path, self.state.disk.format)
-        create_overlay(str(active), self.view.size, f"./{hidden.name}", "qcow2")
+        self.directory.remove(hidden, active)
+        create_overlay(self.storage, str(hidden), self.view.size, self.state.disk.path, self.state.disk.format)
+        create_overlay(self.storage, str(active), self.view.size, f"./{hidden.name}", "qcow2")
         self.directory.sync()
 
     def _open_pair(self, generation: int) -> Layers:
         """Raises ReplfsError."""
-        hidden = open_overlay(str(self.directory.overlay("hidden", generation)), self.disk, self.cache)
+        hidden = open_overlay(self.storage, str(self.directory.overlay("hidden", generation)), self.disk, self.cache)
         try:
-            return Layers(open_overlay(str(self.directory.overlay("active", generation)), hidden, self.cache), hidden)
+            return Layers(open_overlay(self.storage, str(self.directory.overlay("active", generation)), hidden, self.cache), hidden)
         except ReplfsError:
             hidden.release()
             raise
@@ -147,9 +146,16 @@ class SecondaryVolume(Volume):
         if layers is not None:
             try:
                 with trio.CancelScope(shield=True):
-                    await _remove(layers)
+                    await self._remove(layers)
             except OSError as error:
                 logger.warning("an old overlay could not be deleted, the next mount will try again: %s", error)
+
+    async def _remove(self, layers: Layers) -> None:
+        """Close two overlays, and delete their files, which may take long. Raises OSError."""
+        layers.active.release()
+        layers.hidden.release()
+        for image in (layers.active, layers.hidden):
+            await trio.to_thread.run_sync(self.storage.unlink, image.file.path)
 
     # Control
 
@@ -268,11 +274,3 @@ class SecondaryVolume(Volume):
 def _raise(problem: ReplfsError | None) -> None:
     if problem is not None:
         raise problem
-
-
-async def _remove(layers: Layers) -> None:
-    """Close two overlays, and delete their files, which may take long. Raises OSError."""
-    layers.active.release()
-    layers.hidden.release()
-    for image in (layers.active, layers.hidden):
-        await trio.to_thread.run_sync(os.unlink, image.file.path)

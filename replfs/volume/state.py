@@ -5,18 +5,19 @@ says which pair of overlays counts (active.N.qcow2, hidden.N.qcow2), and any oth
 The directory is locked by the process that uses it.
 """
 
-import contextlib
 import errno
 import fcntl
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from replfs.block.replication.rules import Mode, Stage
+from replfs.block.storage import Storage
 from replfs.errors import InUse, ReplfsError, printable
 
 _VERSION: Final = 1
@@ -54,9 +55,10 @@ class NotDurable(ReplfsError):
 class StateDirectory:
     """The directory, locked while this object is open. Nothing is written before :meth:`make`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, storage: Storage) -> None:
         """Raises InUse, or ReplfsError if the directory is there and cannot be used."""
         self.path = path
+        self._storage = storage
         self._fd = -1
         self._made = False
         if path.is_dir():
@@ -132,19 +134,18 @@ class StateDirectory:
         Raises ReplfsError if it could not be replaced: the old one stands. Raises NotDurable if it was replaced, and only
         making that durable failed.
         """
-        new = self.path / _NEW
+        new = str(self.path / _NEW)
         data = msgspec.json.format(msgspec.json.encode(state))
         data = data.ljust(len(data) + _BLOCK - len(data) % _BLOCK, b"\n")
         try:
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            file = self._storage.open_own(new)
             try:
-                if os.write(fd, data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.ftruncate(fd, len(data))
-                os.fsync(fd)
+                file.write(0, data)
+                file.truncate(len(data))
+                file.sync_now()
             finally:
-                os.close(fd)
-            os.replace(new, self.path / _FILE)
+                file.close()
+            self._storage.replace(new, str(self.path / _FILE))
         except OSError as error:
             raise ReplfsError(
                 f"cannot save the state in {printable(str(self.path))}: {error.strerror}", error.errno or errno.EIO
@@ -163,16 +164,16 @@ class StateDirectory:
 
         Where that fails, the next save has to find room when it comes.
         """
-        with contextlib.suppress(OSError):
-            fd = os.open(self.path / _NEW, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with suppress(OSError):
+            file = self._storage.open_own(str(self.path / _NEW))
             try:
-                os.posix_fallocate(fd, 0, length)
+                file.reserve(length)
             finally:
-                os.close(fd)
+                file.close()
 
     def sync(self) -> None:
         """Put the directory's entries on stable storage. Raises OSError."""
-        os.fsync(self._fd)
+        self._storage.sync_directory(str(self.path))
 
     def overlay(self, layer: str, generation: int) -> Path:
         """The path of a generation's ``active`` or ``hidden`` overlay."""
@@ -183,7 +184,13 @@ class StateDirectory:
         kept = set() if keep is None else {self.overlay(layer, keep).name for layer in ("active", "hidden")}
         for entry in os.listdir(self.path):
             if _OVERLAY.fullmatch(entry) and entry not in kept:
-                (self.path / entry).unlink()
+                self._storage.unlink(str(self.path / entry))
+
+    def remove(self, *paths: Path) -> None:
+        """Delete files that may be there. Raises OSError."""
+        for path in paths:
+            with suppress(FileNotFoundError):
+                self._storage.unlink(str(path))
 
 
 def identify(disk: Path, disk_format: str, size: int, state_dir: Path) -> DiskIdentity:

@@ -6,15 +6,14 @@ never has to move; that is one cluster for each 16 TiB.
 """
 
 import errno
-import os
 import struct
 from typing import Final
 
 from replfs.block.cache import Cache
-from replfs.block.file import File
 from replfs.block.qcow2.header import BACKING_NAME_LIMIT, EXTENDED_L2, L1_LIMIT, LARGEST_CLUSTER, SECTOR, Header
 from replfs.block.qcow2.image import Image
 from replfs.block.raw import Raw
+from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
 
 CLUSTER_BITS: Final = 16
@@ -27,7 +26,7 @@ _REFCOUNT_ORDER: Final = 4
 _PER_BLOCK: Final = CLUSTER // 2
 
 
-def create_overlay(path: str, size: int, backing_file: str, backing_format: str) -> None:
+def create_overlay(storage: Storage, path: str, size: int, backing_file: str, backing_format: str) -> None:
     """Make ``path`` an empty overlay for a disk of ``size`` bytes, on stable storage; its directory is not synced.
 
     qcow2 counts whole sectors, so a size that is not a multiple of 512 is rounded up. ``backing_file`` goes into the header as it
@@ -63,24 +62,24 @@ def create_overlay(path: str, size: int, backing_file: str, backing_format: str)
         backing_file=backing_file,
         backing_format=backing_format,
     )
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    file = storage.create(path)
     try:
-        os.ftruncate(fd, used * CLUSTER)
-        os.pwrite(fd, b"".join(struct.pack(">Q", (first_block + i) * CLUSTER) for i in range(blocks)), CLUSTER)
-        os.pwrite(fd, b"\0\1" * used, first_block * CLUSTER)
-        os.pwrite(fd, header.to_bytes(), 0)
-        os.fsync(fd)
+        file.truncate(used * CLUSTER)
+        file.write(CLUSTER, b"".join(struct.pack(">Q", (first_block + i) * CLUSTER) for i in range(blocks)))
+        file.write(first_block * CLUSTER, b"\0\1" * used)
+        file.write(0, header.to_bytes())
+        file.sync_now()
     except BaseException:
-        os.unlink(path)
+        storage.unlink(path)
         raise
     finally:
-        os.close(fd)
+        file.close()
 
 
-def open_overlay(path: str, backing: Raw | Image, cache: Cache) -> Image:
+def open_overlay(storage: Storage, path: str, backing: Raw | Image, cache: Cache) -> Image:
     """Open an overlay over ``backing``, whose size it has (its header's is that, in whole sectors). Raises ReplfsError."""
     try:
-        file = File.open(path, writable=True)
+        file = storage.open(path, writable=True)
         try:
             header = Header.parse(file.read_now(0, LARGEST_CLUSTER), file.length(), path)
             if header.cluster_bits != CLUSTER_BITS or header.incompatible & ~EXTENDED_L2 != 0 or not header.extended:
