@@ -30,7 +30,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
-    """Call it with a kind of failure (``power cut``, ``kill``, ``full disk``, ``I/O error``) and how many cases of it have passed."""
+    """Call it with a kind of failure (``power cut``, ``kill``, ``full disk``, ``I/O error``) and how many cases of it passed."""
 
     def add(kind: str, cases: int) -> None:
         request.node.user_properties.append((_PROPERTY, (kind, cases)))
