@@ -11,12 +11,13 @@ import logging.handlers
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pyfuse3
 import trio
 
+from replfs.block import storage
 from replfs.block.replication.rules import Mode
 from replfs.errors import ReplfsError, printable
 from replfs.export import mount
@@ -30,6 +31,7 @@ from replfs.volume.secondary import SecondaryVolume
 logger = logging.getLogger(__name__)
 
 _VOLUMES: dict[Mode, type[SecondaryVolume | PrimaryVolume]] = {Mode.PRIMARY: PrimaryVolume, Mode.SECONDARY: SecondaryVolume}
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOG_FILE = "replfs.log"
 _LOG_BYTES = 1 << 20
 
@@ -42,6 +44,7 @@ def run(config: Config, disk_format: str | None, settings: MountConfig, *, foreg
     logging.basicConfig(level=logging.INFO, format="replfs: %(levelname)s: %(message)s", force=True)
     if not foreground:
         logging.root.handlers[0].setLevel(logging.WARNING)
+        logging.root.handlers[0].addFilter(lambda record: record.name != storage.__name__)  # the error that it leads to is enough
         logging.root.addHandler(_until_detached)
     if foreground:
         _serve(config, disk_format, settings, lambda: None)
@@ -134,15 +137,23 @@ async def serve(
     mount.check(config)
     volume = _VOLUMES[config.mode](config, disk_format)
     service = _Service(volume, config, settings, watchdog, on_ready)
-    async with trio.open_nursery() as background:
-        await background.start(service.end_on_signal)
-        await service.run(background)
-        background.cancel_scope.cancel()
-    if service.begun:
-        await volume.close()
-        logger.info("ended: the stage is %s, the generation %d", volume.state.stage, volume.state.generation)
-    else:
-        await volume.abandon()
+    for number in _SIGNALS:  # what applies when they are not received any more: a second one is no order to die
+        signal.signal(number, signal.SIG_IGN)
+    with trio.open_signal_receiver(*_SIGNALS) as signals:
+        async with trio.open_nursery() as receiving:
+            receiving.start_soon(service.end_on_signal, signals)
+            async with trio.open_nursery() as background:
+                await service.run(background)
+                background.cancel_scope.cancel()
+            try:
+                if service.begun:
+                    await volume.close()
+                    logger.info("ended: the stage is %s, the generation %d", volume.state.stage, volume.state.generation)
+                else:
+                    await volume.abandon()
+            except ReplfsError as error:
+                service.failure = error
+            receiving.cancel_scope.cancel()
     if service.failure is not None:
         raise service.failure
 
@@ -196,27 +207,26 @@ class _Service:
                 if mounted:
                     pyfuse3.close(unmount=False)
                 raise
-            where = printable(str(error.filename or self._config.state_dir))
-            self.failure = ReplfsError(f"cannot start: {where}: {error.strerror}", error.errno or errno.EIO)
+            where = f"{printable(str(error.filename))}: " if error.filename else ""  # a File's errors name it themselves
+            self.failure = ReplfsError(f"cannot start: {where}{error.strerror}", error.errno or errno.EIO)
         if mounted:
             pyfuse3.close(unmount=True)
 
-    async def end_on_signal(self, task_status: trio.TaskStatus[None]) -> None:
+    async def end_on_signal(self, signals: AsyncIterator[int]) -> None:
         """SIGTERM and SIGINT: give the start up, or end the service, but never during a control operation.
 
         That may need the kernel's requests served. So does having the kernel write back what mappings have changed.
         """
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            task_status.started()
-            async for _ in signals:
-                if not self.begun:
-                    self._beginning.cancel()
-                    continue
-                async with self._volume.control_lock:
-                    try:
-                        await self._volume.drop_cache()
-                    except OSError as error:
-                        logger.warning("what mappings have changed could not be written back: %s", error)
-                await self._volume.settle()
-                pyfuse3.terminate()
-                return
+        ending = False
+        async for _ in signals:
+            if ending or not self.begun:
+                self._beginning.cancel()
+                continue
+            ending = True
+            async with self._volume.control_lock:
+                try:
+                    await self._volume.drop_cache()
+                except OSError as error:
+                    logger.warning("what mappings have changed could not be written back: %s", error)
+            await self._volume.settle()
+            pyfuse3.terminate()

@@ -259,6 +259,7 @@ await_written $((at_end + 50))
 : >stop-writing
 wait "$writer" || fail "a write failed"
 writer=""
+$AT_MOST sync "$far" # or qemu-img, which reads the disk's image, may not see the last second of it
 status stage secondary
 detail "$(written) blocks written: $at_start before the failover, $((at_end - at_start)) during it, the rest after it"
 

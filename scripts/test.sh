@@ -12,4 +12,4 @@ export PATH
 ruff format --check --quiet .
 ruff check --quiet .
 mypy
-exec timeout --signal=ABRT --kill-after=30 "$LIMIT" python -X faulthandler -m pytest "$@" </dev/null
+exec timeout --signal=ABRT --kill-after=30 "$LIMIT" python -X faulthandler -m pytest -n auto --dist worksteal "$@" </dev/null

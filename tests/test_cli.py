@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from harness import REPLFS, Sides, replfs, run, wait_for
 
+from replfs.cli.status import show
+
 MIB = 1 << 20
 
 
@@ -210,7 +212,10 @@ def test_a_file_system_without_room_for_the_overlays(place: Path) -> None:
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
     )
-    assert (done.returncode, done.stderr) == (1, f"replfs: error: cannot start: {place}/good.raw.replfs: File too large\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"replfs: error: cannot start: {place}/good.raw.replfs/hidden.0.qcow2: File too large\n",
+    )
     assert tree(place).keys() == before.keys()
     assert str(place) not in Path("/proc/self/mounts").read_text()
 
@@ -341,6 +346,11 @@ def test_status_for_people_and_for_programs(sides: Sides) -> None:
     for side in (far, near):
         status = json.loads(replfs("status", "--json", side.point).stdout)
         assert (status["mode"], status["stage"], status["size"]) == (side.mode, "running", 3 * MIB + 512)
+        assert (status["durability"], status["io-errors"]) == ("power", {})
+        status["io-errors"] = {"/d/disk": {"sync": 1, "write": 3}}
+        assert [line.split(maxsplit=2)[2] for line in show(status).splitlines() if "I/O errors:" in line] == [
+            "/d/disk: 1 sync, 3 write"
+        ]
         lines = replfs("status", side.point).stdout.splitlines()
         assert len({len(re.match(r"[a-z ]+: *", line)[0]) for line in lines}) == 1  # type: ignore[index]
         assert any(line.split(":")[1].strip() == "3 MiB" for line in lines)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def fdatasync(fd: int) -> None:
         name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
-        if not name.endswith(".1.qcow2"):  # the next generation's, which are made in the background
+        if ".1." not in name:  # the next generation's, which are made in the background
             names.append(name)
         plain(fd)
 
@@ -61,26 +62,63 @@ async def test_a_synchronous_descriptor_syncs_each_write(tmp_path: Path, synced:
         assert synced == []
 
 
-async def test_fsync_covers_every_layer_of_the_view(tmp_path: Path, synced: list[str]) -> None:
-    async with secondary(tmp_path, bytes(SIZE)) as volume:
+@pytest.mark.parametrize(
+    ("durability", "layers"),
+    [("power", ["active.0.journal", "active.0.qcow2"]), ("process", ["active.0.qcow2", "hidden.0.qcow2", "secondary.raw"])],
+)
+async def test_fsync_covers_every_layer_of_the_view(tmp_path: Path, synced: list[str], durability: str, layers: list[str]) -> None:
+    """With power, what is below active is durable anyway: the disk since the checkpoint, hidden since it was written."""
+    async with secondary(tmp_path, bytes(SIZE), durability=durability) as volume:
         file = export(volume)
         await volume.exported.write(0, b"x")
         await volume.view.write(4096, b"x")
         synced.clear()
         await file.fsync(await opened(file, os.O_RDWR), True)
-        assert sorted(synced) == ["active.0.qcow2", "hidden.0.qcow2", "secondary.raw"]
+        assert sorted(set(synced)) == layers
         synced.clear()
         await file.fsync(await opened(file, os.O_RDWR), True)
         assert synced == []  # nothing was written since
 
 
-async def test_a_flush_over_nbd_covers_both_sides_and_the_pre_image(tmp_path: Path, synced: list[str]) -> None:
+async def test_a_flush_over_nbd_covers_both_sides(tmp_path: Path, synced: list[str]) -> None:
     async with pair(tmp_path, SIZE) as (near, _):
         await near.view.write(0, b"x" * 512)
         synced.clear()
         await near.view.flush()
-        assert synced[0] == "primary.raw"
-        assert synced[1:] == ["hidden.0.qcow2", "secondary.raw"]
+        assert synced == ["primary.raw", "secondary.raw"]
+
+
+async def test_a_pre_image_is_durable_before_the_disk_is_overwritten(tmp_path: Path, synced: list[str]) -> None:
+    async with secondary(tmp_path, b"o" * SIZE) as volume:
+        plain, seen = volume.disk.write, []
+
+        async def write(offset: int, data: Any) -> None:
+            seen.append(set(synced))
+            await plain(offset, data)
+
+        volume.disk.write = write  # type: ignore[method-assign]
+        for offset in (0, 0, 1 << 16):
+            synced.clear()
+            await volume.exported.write(offset, b"x" * 512)
+        saved = {"hidden.0.journal", "hidden.0.qcow2"}
+        assert seen == [saved, set(), saved]  # what was saved before is not saved again
+
+
+async def test_one_barrier_serves_the_writes_that_come_together(tmp_path: Path, synced: list[str]) -> None:
+    async with secondary(tmp_path, bytes(SIZE)) as volume:
+        synced.clear()
+        async with trio.open_nursery() as nursery:
+            for i in range(16):
+                nursery.start_soon(volume.exported.write, i << 16, b"x" * 512)
+        assert 1 <= synced.count("hidden.0.qcow2") <= 2
+
+
+async def test_without_power_nothing_waits_for_stable_storage(tmp_path: Path, synced: list[str]) -> None:
+    async with secondary(tmp_path, bytes(SIZE), durability="process") as volume:
+        synced.clear()
+        await volume.exported.write(0, b"x" * 512)
+        await volume.view.write(0, b"y" * 512)
+        assert synced == []
 
 
 async def test_a_checkpoint_puts_the_disk_on_stable_storage_before_it_is_saved(tmp_path: Path, synced: list[str]) -> None:
@@ -188,3 +226,39 @@ async def test_a_sync_that_fails_may_have_lost_what_was_written_meanwhile(tmp_pa
     with pytest.raises(OSError, match="4096 bytes from 4096 on"):
         await file.sync()
     file.close()
+
+
+async def test_a_disk_that_could_not_be_synced_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process knows what has to be written again. The next one does not, and the kernel would tell it that all is well."""
+    plain = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("secondary.raw"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(fd)
+
+    async with secondary(tmp_path, bytes(SIZE)) as volume:
+        await volume.exported.write(0, b"x" * 4096)
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        with pytest.raises(OSError, match="Input/output error"):
+            await volume.exported.flush()
+        monkeypatch.undo()
+        with pytest.raises(ReplfsError, match="an earlier fdatasync failed"):
+            await checkpoint(volume)
+        assert volume.state.generation == 0
+        assert volume.status()["io-errors"] == {str(tmp_path / "secondary.raw"): {"sync": 1}}
+        with trio.fail_after(60):
+            while not volume.state.suspect:
+                await trio.lowlevel.checkpoint()
+        copy = tmp_path / "killed"  # as if it were killed here: the state stays as it is
+        shutil.copytree(tmp_path / "secondary.raw.replfs", copy)
+        await volume.exported.write(0, b"y" * 4096)
+        await checkpoint(volume)
+        assert not volume.state.suspect
+        assert bytes(await volume.view.read(0, 4096)) == b"y" * 4096
+    shutil.rmtree(tmp_path / "secondary.raw.replfs")
+    copy.rename(tmp_path / "secondary.raw.replfs")
+    async with secondary(tmp_path) as volume:
+        with pytest.raises(ReplfsError, match=r"make the copies equal again, and remove .*secondary\.raw\.replfs"):
+            await checkpoint(volume)
+        assert bytes(await volume.view.read(0, 4096)) == bytes(4096)

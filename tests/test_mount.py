@@ -266,7 +266,7 @@ def test_controls_on_the_file_and_on_the_root(sides: Sides) -> None:
 def test_only_the_owner_and_root_control(sides: Sides) -> None:
     far = sides.secondary(MIB, "-o", "allow_other", "--mode", "0666")
     as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-    for folder in (sides.folder, *sides.folder.parents[:2]):
+    for folder in (sides.folder, *sides.folder.parents[:3]):
         os.chmod(folder, 0o755)
     run(*as_nobody, "dd", f"of={far.file}", "if=/dev/zero", "bs=4096", "count=1", "conv=notrunc", "status=none")
     refused = run(*as_nobody, "setfattr", "-n", "user.replfs.checkpoint", "-v", "1", far.file, check=False)
@@ -410,9 +410,10 @@ def assert_no_error(image: Path) -> None:
 def test_overlays_that_have_taken_all_the_room_can_still_be_dropped_or_committed(sides: Sides) -> None:
     room = sides.folder / "room"
     room.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", room)
+    run("mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", room)
     try:
         far = sides.secondary(SIZE, "--state-dir", room / "state")
+        wait_for(lambda: len([*room.glob("state/*.journal")]) == 4, "the next checkpoint's overlays")
         for operation in ("checkpoint", "failover"):
             filled = run(
                 "dd", "if=/dev/urandom", f"of={far.file}", "bs=64k", "count=64", "conv=notrunc", "status=none", check=False

@@ -100,10 +100,10 @@ async def test_a_small_write_takes_little_room(tmp_path: Path) -> None:
 async def test_populate_saves_only_what_is_missing_and_zeroes_for_free(tmp_path: Path) -> None:
     disk = raw(tmp_path / "disk.raw", bytes(CLUSTER) + pattern(CLUSTER + 100, 3))
     image = overlay(tmp_path / "over.qcow2", disk)
-    image.populate(0, await disk.read(0, CLUSTER))
+    await image.populate(0, await disk.read(0, CLUSTER))
     assert image.file.length() < 8 * CLUSTER
     end = 2 * CLUSTER
-    image.populate(end, await disk.read(end, 100))
+    await image.populate(end, await disk.read(end, 100))
     assert image.missing(0, image.size) == [(CLUSTER, end)]
     await disk.write(0, b"n" * image.size)
     assert same(bytes(await image.read(0, image.size)), bytes(CLUSTER) + b"n" * CLUSTER + pattern(CLUSTER + 100, 3)[CLUSTER:])
@@ -117,7 +117,7 @@ async def test_a_read_that_waited_for_the_disk_looks_again(tmp_path: Path) -> No
 
     async def overtaken(offset: int, length: int) -> bytes:
         if image.missing(0, SUBCLUSTER):
-            image.populate(0, b"o" * SUBCLUSTER)
+            await image.populate(0, b"o" * SUBCLUSTER)
             await disk.write(0, b"n" * CLUSTER)
         return bytes(await plain_read(offset, length))
 
@@ -250,7 +250,7 @@ async def test_an_overlay_in_use_is_read_by_qemu_too(tmp_path: Path) -> None:
     hidden = overlay(tmp_path / "hidden.qcow2", disk)
     active = overlay(tmp_path / "active.qcow2", hidden)
     await active.write(100, b"view")
-    hidden.populate(CLUSTER, await disk.read(CLUSTER, CLUSTER))
+    await hidden.populate(CLUSTER, await disk.read(CLUSTER, CLUSTER))
     model = bytes(await active.read(0, active.size))
     chain = json.loads(qemu_img("info", "-U", "--backing-chain", "--output=json", tmp_path / "active.qcow2"))
     assert [(link["format"], link.get("backing-filename-format")) for link in chain] == [

@@ -22,6 +22,9 @@ from images import KINDS, NAME, filling, info, make, open_options, qemu, qemu_io
 from replfs.block.cache import Cache
 from replfs.block.file import File
 from replfs.block.node import Data, Node
+from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.journaling import use_journal
+from replfs.block.storage import Storage
 from replfs.errors import ReplfsError
 from replfs.volume.disk import open_disk
 
@@ -52,9 +55,15 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 class Guest:
-    """A disk in use, and beside it the bytes that it has to hold."""
+    """A disk in use, and beside it the bytes that it has to hold.
 
-    def __init__(self, name: str, image: Path, *, cache: int = 32 << 20, content: bytes | None = None) -> None:
+    ``journaled``: it is used as with --durability power, once :meth:`use_journal` is called, and a restart is a kill.
+    """
+
+    def __init__(
+        self, name: str, image: Path, *, cache: int = 32 << 20, content: bytes | None = None, journaled: bool = False
+    ) -> None:
+        self.journaled = journaled
         self.kind = KINDS[name]
         self.image = image
         self.cache = cache
@@ -64,12 +73,22 @@ class Guest:
         self.open()
 
     def open(self) -> None:
-        self.node: Node = open_disk(self.image, "qcow2", **self.options, cache=Cache(self.cache))
+        node = open_disk(self.image, "qcow2", **self.options, cache=Cache(self.cache))
+        assert isinstance(node, Image)
+        self.node = node
         assert self.node.size == len(self.model)
 
+    async def use_journal(self) -> None:
+        if self.journaled:
+            await use_journal(Storage(), self.node, str(self.image.with_name("journal")), keep=True)
+
     async def reopen(self) -> None:
-        await self.node.close()
+        if self.journaled:
+            self.node.release()
+        else:
+            await self.node.close()
         self.open()
+        await self.use_journal()
 
     async def write(self, offset: int, data: Data) -> None:
         await self.node.write(offset, data)
@@ -130,6 +149,8 @@ class Guest:
         """Close the disk; QEMU finds no fault with the image, and both read what they have to."""
         assert same(await self.node.read(0, len(self.model)), self.model)
         await check_extents(self.node, self.model)
+        if self.journaled:
+            await self.node.end_journal()
         await self.node.close()
         check_by_qemu(self.image, self.model)
         assert below(self.image) == self.below
@@ -239,7 +260,8 @@ async def test_what_qemu_knows_to_be_zero_is_an_extent_of_zeroes(templates: Make
 @pytest.mark.parametrize("name", KINDS)
 async def test_what_replfs_writes_both_read_and_the_image_is_sound(templates: Make, tmp_path: Path, name: str, seed: int) -> None:
     random_ = random.Random(f"{name} {seed}")
-    guest = Guest(name, templates(name, tmp_path / "image"), cache=SMALL_CACHE if seed else 32 << 20)
+    guest = Guest(name, templates(name, tmp_path / "image"), cache=SMALL_CACHE if seed else 32 << 20, journaled=seed > 0)
+    await guest.use_journal()
     for _ in range(25):
         await guest.step(random_)
     await guest.check()
@@ -278,7 +300,7 @@ async def test_discarded_clusters_read_as_zeroes_and_the_rest_as_before(template
 
 
 @st.composite
-def operations(draw: st.DrawFn) -> tuple[str, list[tuple[str, int, int, int]]]:
+def operations(draw: st.DrawFn) -> tuple[str, bool, list[tuple[str, int, int, int]]]:
     name = draw(st.sampled_from(["zlib_1k", "snapshots_compressed", "backed_extended", "snapshots_backed_v2", "extended_16k",
                                  "chain_of_5", "zeroes_allocated", "data_file_raw_512", "snapshots_512_refcount_64"]))  # fmt: skip
     kind = KINDS[name]
@@ -287,17 +309,18 @@ def operations(draw: st.DrawFn) -> tuple[str, list[tuple[str, int, int, int]]]:
     length = st.one_of(st.integers(0, 3 * kind.cluster), st.sampled_from([1, 512, kind.subcluster, kind.cluster, kind.size]))
     step = st.sampled_from(["write", "write", "write", "zeroes", "keep", "discard", "reopen"])
     steps = draw(st.lists(st.tuples(step, offset, length, st.integers(0, 255)), max_size=10))
-    return name, [(what, at, min(count, kind.size - at), seed) for what, at, count, seed in steps]
+    return name, draw(st.booleans()), [(what, at, min(count, kind.size - at), seed) for what, at, count, seed in steps]
 
 
 @settings(max_examples=40)
 @given(drawn=operations())
 async def test_any_operations_in_any_order(
-    templates: Make, tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, list[tuple[str, int, int, int]]]
+    templates: Make, tmp_path_factory: pytest.TempPathFactory, drawn: tuple[str, bool, list[tuple[str, int, int, int]]]
 ) -> None:
-    name, steps = drawn
+    name, journaled, steps = drawn
     folder = tmp_path_factory.mktemp("image") / "image"
-    guest = Guest(name, templates(name, folder), cache=SMALL_CACHE)
+    guest = Guest(name, templates(name, folder), cache=SMALL_CACHE, journaled=journaled)
+    await guest.use_journal()
     for what, offset, length, seed in steps:
         if what == "write":
             await guest.write(offset, bytes((i * 7 + seed * 31 + (i >> 8)) % 255 + 1 for i in range(length)))

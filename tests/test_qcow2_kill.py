@@ -23,6 +23,9 @@ from harness import SECONDS, run
 
 from replfs.block.file import File
 from replfs.block.node import Node
+from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.journaling import use_journal
+from replfs.block.storage import Storage
 from replfs.volume.disk import open_disk
 
 SECTOR = 512
@@ -58,7 +61,8 @@ class Step(NamedTuple):
 class Disk:
     """What a disk holds: the requests that were acknowledged, and those under way, which may have been done in part."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, journaled: bool = False) -> None:
+        self.journaled = journaled
         self.content = bytearray(content)
         self.under_way: list[Step] = []
 
@@ -275,9 +279,17 @@ def assert_no_errors(image: Path, leaks: bool = True) -> None:
     assert status in ((0, 3) if leaks else (0,)), check.report  # type: ignore[attr-defined]
 
 
+async def opened(image: Path, disk: Disk) -> Image:
+    """The image, with what its journal has, if it has one."""
+    node = open_disk(image, "qcow2")
+    assert isinstance(node, Image)
+    await use_journal(Storage(), node, str(image.with_name("journal")), keep=disk.journaled)
+    return node
+
+
 async def perform(image: Path, steps: list[Step], disk: Disk, failed: Callable[[], None] | None = None) -> None:
     """``failed`` is called when a request fails, if it may; the others are performed all the same."""
-    node = open_disk(image, "qcow2")
+    node = await opened(image, disk)
     for step in steps:
         disk.under_way.append(step)
         try:
@@ -290,6 +302,7 @@ async def perform(image: Path, steps: list[Step], disk: Disk, failed: Callable[[
         else:
             disk.acknowledge(step, bytes(await node.read(step.offset, step.length)) if step.name == "discard" else None)
     disk.assert_is(bytes(await node.read(0, node.size)))
+    await node.end_journal()
     await node.close()
 
 
@@ -325,13 +338,14 @@ def perform_and_die(
 
 async def use_again(image: Path, disk: Disk) -> None:
     """It holds what it should, and is written in use and unused places alike."""
-    node = open_disk(image, "qcow2")
+    node = await opened(image, disk)
     disk.settle(bytes(await node.read(0, node.size)))
     for step in (Step("write", 5000, 9000, 20), Step("write", node.size - 30_000, 20_001, 21), Step("zeroes", 20_000, 9000)):
         disk.under_way.append(step)
         await step.perform(node)
         disk.acknowledge(step)
     disk.assert_is(bytes(await node.read(0, node.size)))
+    await node.end_journal()
     await node.close()
 
 
@@ -345,15 +359,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     return Calls(monkeypatch)
 
 
+@pytest.mark.parametrize("journaled", [False, True], ids=["immediate", "journaled"])
 @pytest.mark.parametrize("name", KINDS)
-def test_killed_at_every_change(tmp_path: Path, calls: Calls, name: str) -> None:
+def test_killed_at_every_change(tmp_path: Path, calls: Calls, name: str, journaled: bool) -> None:
     kind = KINDS[name]
     made = make(tmp_path / "made", kind)
     before = content_by_qemu(made)
     snapshot = content_by_qemu(made, "-l", "one") if kind.snapshot else b""
     folder = tmp_path / "case"
     shutil.copytree(made.parent, folder)
-    disk = Disk(before)
+    disk = Disk(before, journaled)
     perform_and_die(folder, disk, calls, sys.maxsize, what=kind.steps)
     assert not disk.under_way
     assert_no_errors(folder / "image.qcow2", leaks=name == "bitmaps")
@@ -364,7 +379,7 @@ def test_killed_at_every_change(tmp_path: Path, calls: Calls, name: str) -> None
     for last, torn in cases:
         shutil.rmtree(folder)
         shutil.copytree(made.parent, folder)
-        disk = Disk(before)
+        disk = Disk(before, journaled)
         perform_and_die(folder, disk, calls, last, torn, what=kind.steps)
         try:
             examine(folder / "image.qcow2", kind, disk, before, snapshot if last % 5 == 0 else b"")
@@ -422,7 +437,8 @@ def examine(image: Path, kind: Kind, disk: Disk, before: bytes, snapshot: bytes)
     if not dirty:
         assert_no_errors(image)
     if snapshot:
-        disk.assert_is(content_by_qemu(image))
+        if not disk.journaled:
+            disk.assert_is(content_by_qemu(image))
         assert_same(content_by_qemu(image, "-l", "one"), snapshot)
     if header_bits(image, AUTOCLEAR) & BITMAPS:
         assert content_by_qemu(image) == before, "its bitmaps are said to be right, and do not know of a change"
@@ -450,7 +466,7 @@ def random_steps(
 
 async def perform_side_by_side(image: Path, seed: int, disk: Disk) -> None:
     """Three that write, each to sectors of its own, but not to clusters of its own."""
-    node = open_disk(image, "qcow2")
+    node = await opened(image, disk)
     third = node.size // 3 // SECTOR * SECTOR
 
     async def perform_some(number: int) -> None:
@@ -463,6 +479,7 @@ async def perform_side_by_side(image: Path, seed: int, disk: Disk) -> None:
         for number in range(3):
             nursery.start_soon(perform_some, number)
     disk.assert_is(bytes(await node.read(0, node.size)))
+    await node.end_journal()
     await node.close()
 
 

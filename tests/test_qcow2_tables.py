@@ -68,7 +68,7 @@ async def test_an_image_on_a_block_device_uses_all_of_it_and_is_full_then(tmp_pa
     path = tmp_path / "device"
     qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path, "16M")
     os.truncate(path, SIZE)
-    file = Device.open(str(path), writable=True)
+    file = Device(os.open(path, os.O_RDWR), str(path))
     image = Image(file, Header.parse(file.read_now(0, 512), SIZE, str(path)), None, Cache())
     written = 0
     try:

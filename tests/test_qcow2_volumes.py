@@ -162,7 +162,7 @@ def test_forwarded_zeroes_give_room_back(sides: Sides, cluster: str) -> None:
     qemu_img("convert", "-O", "qcow2", "-o", f"cluster_size={cluster}", whole, disk)
     far = secondary(sides, disk)
     before = disk.stat().st_blocks
-    nbdsh(sides, f"h.zero({SIZE}, 0)")
+    nbdsh(sides, f"h.zero({SIZE}, 0); h.flush()")
     assert before - disk.stat().st_blocks >= SIZE * 3 // 4 // 512
     assert on_disk(disk) == bytes(SIZE)
     assert far.content() == content(1)

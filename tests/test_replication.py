@@ -479,7 +479,7 @@ async def test_a_clean_unmount_and_mount_resumes_the_very_view(tmp_path: Path) -
         await far.view.write(3 * CLUSTER, b"ours" * 1000)
         view, generation = await content(far), far.state.generation
     folder = tmp_path / "secondary.raw.replfs"
-    assert sorted(os.listdir(folder)) == ["active.1.qcow2", "hidden.1.qcow2", "state.json", "state.json.new"]
+    assert {1} <= generations(folder) <= {1, 2}  # and the next checkpoint's
     for name in ("active", "hidden"):
         assert_sound(folder / f"{name}.1.qcow2")
     (tmp_path / "view").write_bytes(view)
@@ -551,6 +551,11 @@ async def test_a_start_can_fail_and_be_repeated(tmp_path: Path) -> None:
         assert await outcome(far, Operation.START) == OK
 
 
+def generations(state_dir: Path) -> set[int]:
+    """Those that have overlays."""
+    return {int(path.name.split(".")[1]) for path in state_dir.glob("*.qcow2")}
+
+
 async def test_checkpoints_leave_one_pair_and_a_spare(tmp_path: Path) -> None:
     async with secondary(tmp_path, bytes(IMAGE)) as far:
         for i in range(5):
@@ -559,14 +564,9 @@ async def test_checkpoints_leave_one_pair_and_a_spare(tmp_path: Path) -> None:
             await checkpoint(far)
             assert same(await content(far), on_disk(far))
         with trio.fail_after(60):
-            while len(os.listdir(tmp_path / "secondary.raw.replfs")) != 6:
+            while len(os.listdir(tmp_path / "secondary.raw.replfs")) != 10:
                 await trio.lowlevel.checkpoint()
-    assert sorted(os.listdir(tmp_path / "secondary.raw.replfs")) == [
-        "active.5.qcow2",
-        "hidden.5.qcow2",
-        "state.json",
-        "state.json.new",
-    ]
+    assert {5} <= generations(tmp_path / "secondary.raw.replfs") <= {5, 6}
 
 
 async def test_the_old_primary_is_fenced(tmp_path: Path) -> None:

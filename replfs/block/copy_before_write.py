@@ -23,23 +23,41 @@ _PIECE = 2 << 20  # the largest cluster of a qcow2 disk, so that whole ones can 
 
 
 class CopyBeforeWrite(Node):
-    def __init__(self, disk: Node, gate: Gate) -> None:
+    def __init__(self, disk: Node, gate: Gate, *, durable: bool) -> None:
+        """``durable``: what is saved is on stable storage before the disk is changed."""
+        self._durable = durable
         self.disk = disk
         self.size = disk.size
         self.hidden: Image | None = None
         self.fenced = False
         """Set when the secondary has taken over: every change is refused from then on."""
+        self.unsettled: Callable[[], Awaitable[None]] | None = None
+        """Set while a power cut may bring back an older state, with other overlays: to be awaited, and to succeed, first."""
         self._gate = gate
         self._locks = RangeLocks()
+        self._unfinished = 0  # times that saving has failed: what the hidden disk holds since then may not be durable
+        self._finished = 0  # how many of these are made good
         self._reported: Image | None = None  # the hidden disk of the checkpoint whose first failure has been logged
 
     async def _save(self, start: int, stop: int) -> None:
         """Populate the hidden disk; the caller holds the range, in whole subclusters."""
         if self.fenced:
             raise OSError(errno.EPERM, "the secondary has taken over: forwarded writes are refused")
+        if self.unsettled is not None:
+            await self.unsettled()
         if self.hidden is not None:
-            for first, last in self.hidden.missing(start, stop):
-                self.hidden.populate(first, await self.disk.read(first, last - first))
+            missing = self.hidden.missing(start, stop)
+            unfinished = self._unfinished
+            if missing or unfinished > self._finished:
+                try:
+                    for first, last in missing:
+                        await self.hidden.populate(first, await self.disk.read(first, last - first))
+                    if self._durable:
+                        await self.hidden.harden()
+                        self._finished = max(self._finished, unfinished)
+                except BaseException:
+                    self._unfinished += 1
+                    raise
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -86,9 +104,9 @@ class CopyBeforeWrite(Node):
             length -= piece
 
     async def flush(self) -> None:
-        """The hidden disk too: what a flush makes durable must not lose its pre-image."""
+        """The hidden disk too, unless it is durable anyway: what a flush makes durable must not lose its pre-image."""
         async with self._gate:
-            if self.hidden is not None:
+            if self.hidden is not None and not self._durable:
                 await self.hidden.flush()
             await self.disk.flush()
 

@@ -155,7 +155,8 @@ class File:
             raise self._failed("write", error) from None
 
     def reserve(self, length: int) -> None:
-        """Have room for the first ``length`` bytes, which a later write then finds. Raises OSError."""
+        """Have room for the first ``length`` bytes, and be as long at least. Raises OSError."""
+        self._changing(max(length - 1, 0), 1)
         try:
             os.posix_fallocate(self.fd, 0, length)
         except OSError as error:

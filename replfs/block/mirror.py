@@ -1,12 +1,19 @@
 """The primary's node: reads come from its own disk, changes go to the disk and then to the replication filter.
 
-Errors of the disk itself always reach the caller, and what failed there is not forwarded. What becomes of a forward that fails is
-the filter's to decide. Overlapping changes hold a range lock across both steps, so they reach both copies in the same order.
+Errors of the disk itself always reach the caller. A change that failed there may have been made in part, so what the disk holds
+then is forwarded in its place: the copies stay equal. What becomes of a forward that fails is the filter's to decide. Overlapping
+changes hold a range lock across both steps, so they reach both copies in the same order.
 """
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
 
 from replfs.block.locks import RangeLocks
 from replfs.block.node import Data, Extent, Node
 from replfs.block.replication.primary import PrimaryFilter
+
+_PIECE: Final = 1 << 20
 
 
 class Mirror(Node):
@@ -19,14 +26,28 @@ class Mirror(Node):
     async def read(self, offset: int, length: int) -> Data:
         return await self.disk.read(offset, length)
 
+    @asynccontextmanager
+    async def _forwarding_what_failed(self, offset: int, length: int) -> AsyncIterator[None]:
+        """The caller holds the range."""
+        try:
+            yield
+        except OSError:
+            if self.forward.forwarding:
+                try:
+                    for start in range(offset, offset + length, _PIECE):
+                        await self.forward.write(start, await self.disk.read(start, min(_PIECE, offset + length - start)))
+                except OSError as error:
+                    self.forward.failed(error)
+            raise
+
     async def write(self, offset: int, data: Data) -> None:
-        async with self._locks.hold(offset, offset + len(data)):
+        async with self._locks.hold(offset, offset + len(data)), self._forwarding_what_failed(offset, len(data)):
             await self.disk.write(offset, data)
             if self.forward.forwarding:
                 await self.forward.write(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
-        async with self._locks.hold(offset, offset + length):
+        async with self._locks.hold(offset, offset + length), self._forwarding_what_failed(offset, length):
             await self.disk.write_zeroes(offset, length, may_unmap)
             if self.forward.forwarding:
                 await self.forward.write_zeroes(offset, length, may_unmap)

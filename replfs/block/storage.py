@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 from replfs.block.file import File
@@ -28,12 +29,16 @@ class IoErrors:
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
+        self.on_failed_sync: Callable[[str], None] = lambda path: None
+        """Called with the path of a file whose content may not be what was written to it."""
         self._logged: dict[tuple[str, str], tuple[float, int]] = {}  # when, and the count then
 
     def note(self, path: str, kind: str, error: OSError) -> None:
         """An operation on a file has failed. ``kind``: read, write, discard, sync, and full for one that found no room."""
         key = path, kind
         self._counts[key] += 1
+        if kind == "sync":
+            self.on_failed_sync(path)
         now = time.monotonic()
         since, count = self._logged.get(key, (-_QUIET_SECONDS, 0))
         if now - since >= _QUIET_SECONDS:
@@ -84,6 +89,10 @@ class Storage:
     def open_own(self, path: str) -> File:
         """Open a file in a directory that is locked, so that it needs no lock, or make it (0600). Raises OSError."""
         return self.adopt(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), path)
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory (0700). Raises OSError, also if there is one of that name."""
+        os.mkdir(path, 0o700)
 
     def replace(self, source: str, target: str) -> None:
         """Give a file another's name, in one step. Raises OSError."""

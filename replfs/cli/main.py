@@ -224,7 +224,9 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--durability",
                 type=click.Choice(["power", "process"]),
                 default="power",
-                help="What a crash may not lose. This release keeps `process` only: killing the process loses nothing.",
+                show_default=True,
+                help="What is promised after a crash. power: what was flushed or checkpointed outlives a power cut. process: only"
+                " killing the process loses nothing.",
             ),
             click.option(
                 "--plaintext", is_flag=True, help="Allow an address beyond this machine, without TLS: for networks that you trust."

@@ -21,11 +21,16 @@ def show(status: dict[str, Any]) -> str:
         *((name, _file(overlay)) for name, overlay in status.get("overlays", {}).items()),
         ("listen", _listen(status)) if "listen" in status else ("target", _target(status)),
         ("durability", status["durability"]),
+        *(("I/O errors", _errors(path, counts)) for path, counts in status["io-errors"].items()),
         ("state", status["state-dir"]),
         ("process", f"{status['pid']}, replfs {status['version']}"),
     ]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name + ':' if name else '':<{width}}{printable(text)}" for name, text in rows)
+
+
+def _errors(path: str, counts: dict[str, int]) -> str:
+    return f"{path}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}"
 
 
 def _listen(status: dict[str, Any]) -> str:

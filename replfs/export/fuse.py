@@ -50,8 +50,6 @@ def _handler(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any,
         except FUSEError:
             raise
         except OSError as error:
-            if error.errno in _WORTH_LOGGING:
-                logger.warning("%s: %s", call.__name__, error)
             raise FUSEError(error.errno or errno.EIO) from None
         except ReplfsError as error:
             raise FUSEError(error.errno) from None
@@ -60,9 +58,6 @@ def _handler(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any,
             raise FUSEError(errno.EIO) from None
 
     return guarded
-
-
-_WORTH_LOGGING: Final = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG})
 
 
 class FuseExport(pyfuse3.Operations):

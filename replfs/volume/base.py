@@ -9,7 +9,8 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, Final
 
 import msgspec
 import trio
@@ -17,14 +18,18 @@ import trio
 import replfs
 from replfs.block.cache import Cache
 from replfs.block.node import Node
+from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.journaling import use_journal
 from replfs.block.replication.rules import Mode, Operation, Stage, Verdict, check_start_mode, get_error, verdict
 from replfs.block.storage import Storage
-from replfs.errors import ReplfsError
+from replfs.errors import ReplfsError, printable
 from replfs.volume.config import Config
 from replfs.volume.disk import describe, describe_chain, open_disk
 from replfs.volume.state import NotDurable, State, StateDirectory, check_identity, identify
 
 logger = logging.getLogger(__name__)
+
+_COMMIT_SECONDS: Final = 1.0
 
 
 async def _nothing_cached() -> None:
@@ -65,6 +70,9 @@ class Volume(ABC):
         """Makes whoever caches the view read it again; the mount sets it."""
         self.control_lock = trio.Lock()
         self.settled = False
+        self._commit_wanted = trio.Event()
+        self._syncs_failed = trio.Event()
+        self.storage.errors.on_failed_sync = self._sync_failed
         self._do: dict[Operation, Callable[[], Awaitable[None]]] = {
             Operation.START: self._start,
             Operation.CHECKPOINT: self._checkpoint,
@@ -74,6 +82,11 @@ class Volume(ABC):
 
     # The life of a volume: connect, begin, (control ...,) settle, close; or connect, begin that fails, abandon.
 
+    @property
+    def durable(self) -> bool:
+        """Whether a power cut is to be outlived, too."""
+        return self.config.durability == "power"
+
     @abstractmethod
     async def connect(self, nursery: trio.Nursery) -> None:
         """Take what the network side needs, before anything is written: an address to listen on, a target. Raises ReplfsError."""
@@ -81,6 +94,64 @@ class Volume(ABC):
     @abstractmethod
     async def begin(self, nursery: trio.Nursery) -> None:
         """Resume what the state says, or start; ``nursery`` keeps the background tasks. Raises ReplfsError."""
+
+    async def begin_disk(self) -> None:
+        """Have a qcow2 disk in order before it is used: what the last process that used it had not put into its tables.
+
+        The state directory is there. Raises OSError, ReplfsError.
+        """
+        if isinstance(self.disk, Image):
+            await use_journal(self.storage, self.disk, str(self.directory.disk_journal), keep=self.durable)
+
+    def images(self) -> list[Image]:
+        """The qcow2 images that are written to."""
+        return [self.disk] if isinstance(self.disk, Image) else []
+
+    async def commit_regularly(self) -> None:
+        """Put what images have changed into their tables now and then, and when their journals fill: a background task."""
+        while True:
+            for image in self.images():
+                assert image.changes is not None
+                image.changes.wanted = self._commit_wanted.set
+            with trio.move_on_after(_COMMIT_SECONDS):
+                await self._commit_wanted.wait()
+            self._commit_wanted = trio.Event()
+            for image in self.images():
+                assert image.changes is not None
+                with suppress(OSError):  # which has been counted, and is told to who asks for stable storage
+                    await image.changes.commit()
+
+    def _sync_failed(self, path: str) -> None:
+        if path in (self.disk.file.path, *([self.disk.data.path] if isinstance(self.disk, Image) else [])):
+            self._syncs_failed.set()
+
+    async def remember_failed_syncs(self) -> None:
+        """Save that the disk may lack what was written to it, which the next process could not know: a background task."""
+        while True:
+            await self._syncs_failed.wait()
+            async with self.control_lock:
+                await self._remember_failed_sync()
+
+    async def _remember_failed_sync(self) -> None:
+        if self._syncs_failed.is_set():
+            try:
+                await self._save(suspect=True)
+            except ReplfsError as error:
+                logger.error("%s", error)
+            self._syncs_failed = trio.Event()
+
+    async def flush_disk(self) -> dict[str, bool]:
+        """Put the disk on stable storage; gives what is to be saved about it, too.
+
+        Raises OSError; ReplfsError if an earlier process could not do so, since which part it was is not known any more.
+        """
+        if self._saved is not None and self._saved.suspect:
+            raise ReplfsError(
+                f"{printable(str(self.config.disk))} may have lost what was written to it: an earlier process could not put it"
+                f" on stable storage: make the copies equal again, and remove {printable(str(self.config.state_dir))} to start over"
+            )
+        await self.disk.flush()
+        return {"suspect": False}
 
     async def settle(self) -> None:
         """Wait for the control operation that is under way, refuse new ones, stop if that is wanted at the end.
@@ -103,9 +174,12 @@ class Volume(ABC):
                 await self._close()
             finally:
                 await self.disk.flush()
+            if isinstance(self.disk, Image):
+                await self.disk.end_journal()
         except OSError as error:
             raise ReplfsError(f"cannot put everything on stable storage: {error.strerror}") from error
         finally:
+            await self._remember_failed_sync()
             await self.disk.close()
             self.directory.close()
 
@@ -172,7 +246,12 @@ class Volume(ABC):
             logger.warning("%s", error)
             problem = error
         self.state = new
+        self._saved_durably(problem is None)
         return problem
+
+    def _saved_durably(self, durable: bool) -> None:
+        """Called with each state that is saved, before anything else runs: whether a power cut may bring the one before it back."""
+        return
 
     # Status
 
@@ -196,7 +275,7 @@ class Volume(ABC):
             "name": self.config.name,
             "mountpoint": str(self.config.mountpoint),
             "size": self.view.size,
-            "durability": "process",  # the order of writes that outlives a power cut is not there yet
+            "durability": self.config.durability,
             "pid": os.getpid(),
             "state-dir": str(self.config.state_dir),
             "disk": describe(self.disk),

@@ -57,13 +57,17 @@ class PrimaryVolume(Volume):
 
     async def begin(self, nursery: trio.Nursery) -> None:
         self.directory.make()
+        await self.begin_disk()
+        nursery.start_soon(self.commit_regularly)
+        nursery.start_soon(self.remember_failed_syncs)
         if not self.config.start and self.state.stage is not Stage.NONE:
             await self._save(stage=Stage.NONE, error=False)
         if self.state.stage is Stage.RUNNING:
-            if self.state.error:
+            if self.state.error or self.state.suspect:
                 logger.warning("this primary was not closed well, or had lost its link: the secondary's copy may differ")
                 self.filter.sticky_error = True
-            await self._save(error=True)
+            if (problem := await self._save(error=True)) is not None:
+                raise problem
             self.filter.stage = Stage.RUNNING
             logger.info("resumed: forwarding to %s", self.config.target)
         elif self.state.stage is Stage.NONE and self.config.start:

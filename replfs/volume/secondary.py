@@ -7,6 +7,7 @@ changed right after it. What the state file does not name is a leftover, wheneve
 
 import errno
 import logging
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,7 +15,10 @@ import trio
 
 from replfs.block.copy_before_write import CopyBeforeWrite
 from replfs.block.locks import Gate
-from replfs.block.qcow2.overlay import create_overlay, open_overlay
+from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.journaling import use_journal
+from replfs.block.qcow2.overlay import create_overlay, is_blank_overlay, open_overlay
+from replfs.block.raw import Raw
 from replfs.block.replication.rules import Stage
 from replfs.block.replication.secondary import Layers, SecondaryFilter
 from replfs.block.storage import Storage
@@ -38,12 +42,13 @@ class SecondaryVolume(Volume):
         super().__init__(config, disk_format, storage)
         assert config.listen is not None
         self.gate = Gate()
-        self.view = SecondaryFilter(self.disk, self.gate)
-        self.exported = CopyBeforeWrite(self.disk, self.gate)
+        self.view = SecondaryFilter(self.disk, self.gate, durable=self.durable)
+        self.exported = CopyBeforeWrite(self.disk, self.gate, durable=self.durable)
         self.server = NbdServer(self.exported, config.export)
         self.address = config.listen
         """Where the server listens: what was asked for, with the port that the kernel picked if that was to be 0."""
         self._spare: Layers | None = None
+        self._unsettled: list[Layers] = []  # pairs that a power cut may bring back
         self._background: trio.Nursery | None = None
 
     async def connect(self, nursery: trio.Nursery) -> None:
@@ -60,17 +65,22 @@ class SecondaryVolume(Volume):
             )
         self._background = nursery
         self.directory.make()
+        await self.begin_disk()
         if not self.config.start and stage is not Stage.NONE:
             if stage is Stage.RUNNING:
                 logger.warning("--no-start: the overlays are dropped; the disk keeps what it holds")
             await self._save(stage=Stage.NONE, error=False)
-        kept = self.state.generation if self.state.stage not in (Stage.NONE, Stage.DONE) else None
+        in_use = self.state.stage not in (Stage.NONE, Stage.DONE)
+        generation = self.state.generation
+        # In use, or the next checkpoint's, or the next start's: these are taken again, if they are as they were made.
+        kept = (generation, generation + 1) if in_use else (generation,) if stage is Stage.NONE else ()
         try:
-            await trio.to_thread.run_sync(self.directory.remove_leftovers, kept)
+            await trio.to_thread.run_sync(self.directory.sync)  # the state that is known must not give way to an older one
+            await trio.to_thread.run_sync(self.directory.remove_leftovers, *kept)
         except OSError as error:
             raise ReplfsError(f"cannot clean {self.config.state_dir} up: {error.strerror}", error.errno or errno.EIO) from error
-        if kept is not None:
-            self._use(self._open_pair(self.state.generation))
+        if in_use:
+            self._use(await self._open_pair(self.state.generation))
             if self.state.stage is Stage.FAILOVER:
                 nursery.start_soon(self._commit)
             elif self.state.stage is Stage.RUNNING:
@@ -82,12 +92,18 @@ class SecondaryVolume(Volume):
             await self._save()
         self.view.stage = self.state.stage
         await self._fence()
+        nursery.start_soon(self.commit_regularly)
+        nursery.start_soon(self.remember_failed_syncs)
         nursery.start_soon(self.server.serve)
 
     async def _close(self) -> None:
-        if self._spare is not None:
+        if self._spare is not None:  # which the next mount takes again
             spare, self._spare = self._spare, None
-            await self._remove(spare)
+            await spare.active.close()
+            await spare.hidden.close()
+        for layers in self._unsettled:
+            await layers.active.close()
+            await layers.hidden.close()
         if self.view.layers is not None:
             layers, self.view.layers, self.exported.hidden = self.view.layers, None, None
             try:
@@ -110,23 +126,39 @@ class SecondaryVolume(Volume):
     async def _make_pair(self, generation: int) -> Layers:
         """Make a generation's overlays, empty and on stable storage, and open them. Raises OSError, ReplfsError."""
         await trio.to_thread.run_sync(self._create_pair, generation)
-        return self._open_pair(generation)
+        return await self._open_pair(generation)
 
     def _create_pair(self, generation: int) -> None:
-        hidden, active = self.directory.overlay("hidden", generation), self.directory.overlay("active", generation)
-        self.directory.remove(hidden, active)
-        create_overlay(self.storage, str(hidden), self.view.size, self.state.disk.path, self.state.disk.format)
-        create_overlay(self.storage, str(active), self.view.size, f"./{hidden.name}", "qcow2")
+        """What an earlier process has made for it and not used is as good as new, and may have the last room there is."""
+        disk = self.state.disk
+        below = self.directory.overlay("hidden", generation).name
+        for layer, backing_file, backing_format in (("hidden", disk.path, disk.format), ("active", f"./{below}", "qcow2")):
+            path, journal = self.directory.overlay(layer, generation), self.directory.journal(layer, generation)
+            made = (self.storage, str(path), self.view.size, backing_file, backing_format)
+            kept = str(journal) if self.durable else None
+            if not is_blank_overlay(*made, journal=kept):
+                self.directory.remove(path, journal)
+                create_overlay(*made, journal=kept)
         self.directory.sync()
 
-    def _open_pair(self, generation: int) -> Layers:
-        """Raises ReplfsError."""
-        hidden = open_overlay(self.storage, str(self.directory.overlay("hidden", generation)), self.disk, self.cache)
+    async def _open_pair(self, generation: int) -> Layers:
+        """Raises ReplfsError, OSError."""
+        hidden = await self._open_overlay("hidden", generation, self.disk)
         try:
-            return Layers(open_overlay(self.storage, str(self.directory.overlay("active", generation)), hidden, self.cache), hidden)
-        except ReplfsError:
+            return Layers(await self._open_overlay("active", generation, hidden), hidden)
+        except BaseException:
             hidden.release()
             raise
+
+    async def _open_overlay(self, layer: str, generation: int, backing: Raw | Image) -> Image:
+        image = open_overlay(self.storage, str(self.directory.overlay(layer, generation)), backing, self.cache)
+        try:
+            journal = str(self.directory.journal(layer, generation))
+            await use_journal(self.storage, image, journal, keep=self.durable, required=True, append_only=layer == "hidden")
+        except BaseException:
+            image.release()
+            raise
+        return image
 
     async def _prepare(self) -> None:
         """Have the next generation's pair ready, so that a checkpoint need not wait for it."""
@@ -150,12 +182,30 @@ class SecondaryVolume(Volume):
             except OSError as error:
                 logger.warning("an old overlay could not be deleted, the next mount will try again: %s", error)
 
+    def _give_up(self, layers: Layers | None, problem: NotDurable | None) -> None:
+        """Drop a pair that the state does not name any more; if a power cut may bring it back, not before that is over."""
+        if problem is None:
+            self._in_background(self._drop, layers)
+        elif layers is not None:
+            self._unsettled.append(layers)
+
+    def _saved_durably(self, durable: bool) -> None:
+        self.view.unsettled = self.exported.unsettled = None if durable else self._settle
+        while durable and self._unsettled:
+            self._in_background(self._drop, self._unsettled.pop())
+
+    async def _settle(self) -> None:
+        """Have the state be durable after all. Raises OSError."""
+        await trio.to_thread.run_sync(self.directory.sync)
+        self._saved_durably(True)
+
     async def _remove(self, layers: Layers) -> None:
         """Close two overlays, and delete their files, which may take long. Raises OSError."""
-        layers.active.release()
-        layers.hidden.release()
         for image in (layers.active, layers.hidden):
-            await trio.to_thread.run_sync(self.storage.unlink, image.file.path)
+            await image.close()
+        for image in (layers.active, layers.hidden):
+            overlay = Path(image.file.path)
+            await trio.to_thread.run_sync(self.directory.remove, overlay, overlay.with_suffix(".journal"))
 
     # Control
 
@@ -163,10 +213,11 @@ class SecondaryVolume(Volume):
         layers = await self._make_pair(self.state.generation)
         try:
             async with self.gate.shut():
-                problem = await self._save(stage=Stage.RUNNING, error=False)
+                flushed = await self.flush_disk()  # the view is to be what the disk holds now
+                problem = await self._save(stage=Stage.RUNNING, error=False, **flushed)
                 self._use(layers)
                 self.view.stage = Stage.RUNNING
-        except ReplfsError:
+        except (OSError, ReplfsError):
             await self._drop(layers)
             raise
         await self.drop_cache()
@@ -180,17 +231,18 @@ class SecondaryVolume(Volume):
             self._spare = await self._make_pair(self.state.generation + 1)
         old = self.view.layers
         async with self.gate.shut():
-            await self.disk.flush()
-            problem = await self._save(generation=self.state.generation + 1)
+            flushed = await self.flush_disk()
+            problem = await self._save(generation=self.state.generation + 1, **flushed)
             self._use(self._spare)
             self._spare = None
         await self.drop_cache()  # what readers have cached of the old view
-        self._in_background(self._drop, old)
+        self._give_up(old, problem)
         self._in_background(self._prepare)
         _raise(problem)
 
     async def _stop(self) -> None:
         await self.drop_cache()
+        await self.disk.flush()
         problem = await self._finish()
         await self.drop_cache()
         _raise(problem)
@@ -235,12 +287,13 @@ class SecondaryVolume(Volume):
         async with self.gate.shut():
             if self.view.commit_error is not None:
                 raise self.view.commit_error
+            await self.disk.flush()
             problem = await self._save(stage=Stage.DONE, error=False)
             self._use(None)
             self.view.stage = Stage.DONE
             self.exported.fenced = True
         await self._fence()
-        self._in_background(self._drop, old)
+        self._give_up(old, problem)
         spare, self._spare = self._spare, None
         self._in_background(self._drop, spare)
         return problem
@@ -251,6 +304,10 @@ class SecondaryVolume(Volume):
             self.exported.fenced = True
             self.server.read_only = True
             await self.server.close_connections()
+
+    def images(self) -> list[Image]:
+        layers = self.view.layers
+        return [*super().images(), *((layers.active, layers.hidden) if layers is not None else ())]
 
     def _in_background(self, task: Any, *arguments: Any) -> None:
         assert self._background is not None

@@ -23,7 +23,7 @@ from replfs.errors import InUse, ReplfsError, printable
 _VERSION: Final = 1
 _FILE: Final = "state.json"
 _NEW: Final = "state.json.new"
-_OVERLAY: Final = re.compile(r"(active|hidden)\.\d+\.qcow2")
+_OVERLAY: Final = re.compile(r"(active|hidden)\.\d+\.(qcow2|journal)")
 _LIMIT: Final = 1 << 20
 _BLOCK: Final = 4096
 
@@ -38,7 +38,10 @@ class DiskIdentity(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class State(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A volume's state. ``error``: the sticky error is set, or, on a primary, may be: it was not closed."""
+    """A volume's state. ``error``: the sticky error is set, or, on a primary, may be: it was not closed.
+
+    ``suspect``: a sync of the disk has failed, and not all that it was about has been written and synced again since.
+    """
 
     version: int
     mode: Mode
@@ -46,6 +49,7 @@ class State(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     generation: int
     error: bool
     disk: DiskIdentity
+    suspect: bool = False
 
 
 class NotDurable(ReplfsError):
@@ -87,10 +91,11 @@ class StateDirectory:
         """Create the directory (0700) if it is not there. Raises ReplfsError."""
         if self._fd < 0:
             try:
-                self.path.mkdir(mode=0o700)
+                self._storage.make_directory(str(self.path))
+                self._made = True
+                self._storage.sync_directory(str(self.path.parent))
             except OSError as error:
                 raise self._problem(error) from error
-            self._made = True
             self._lock()
 
     def undo(self) -> None:
@@ -179,11 +184,20 @@ class StateDirectory:
         """The path of a generation's ``active`` or ``hidden`` overlay."""
         return self.path / f"{layer}.{generation}.qcow2"
 
-    def remove_leftovers(self, keep: int | None) -> None:
-        """Delete every overlay but those of generation ``keep``. Raises OSError."""
-        kept = set() if keep is None else {self.overlay(layer, keep).name for layer in ("active", "hidden")}
+    def journal(self, layer: str, generation: int) -> Path:
+        """The path of an overlay's journal."""
+        return self.path / f"{layer}.{generation}.journal"
+
+    @property
+    def disk_journal(self) -> Path:
+        """The path of the journal of a qcow2 disk."""
+        return self.path / "disk.journal"
+
+    def remove_leftovers(self, *keep: int) -> None:
+        """Delete the files of every generation but these. Raises OSError."""
+        kept = {f"{layer}.{generation}" for layer in ("active", "hidden") for generation in keep}
         for entry in os.listdir(self.path):
-            if _OVERLAY.fullmatch(entry) and entry not in kept:
+            if _OVERLAY.fullmatch(entry) and entry.rpartition(".")[0] not in kept:
                 self._storage.unlink(str(self.path / entry))
 
     def remove(self, *paths: Path) -> None:

@@ -10,6 +10,7 @@ import enum
 import errno
 from typing import Final, NamedTuple
 
+from replfs.block.qcow2.compression import descriptor
 from replfs.block.qcow2.header import HOST_OFFSET, Header
 
 COPIED: Final = 1 << 63  # "the refcount is exactly one", so it may be written in place
@@ -108,6 +109,14 @@ class Entries:
     def own(self, entry: int) -> bool:
         """Whether an entry has a cluster that is this image's alone."""
         return entry & (COPIED | COMPRESSED) == COPIED and bool(entry & HOST_OFFSET or self._external)
+
+    def leads_to(self, entry: int) -> tuple[int, int]:
+        """The clusters of the file that an entry uses: (the first, how many)."""
+        if entry & COMPRESSED:
+            offset, length = descriptor(entry, self._bits)
+            first = offset >> self._bits
+            return first, (offset + length - 1 >> self._bits) - first + 1
+        return (entry & HOST_OFFSET) >> self._bits, bool(entry & HOST_OFFSET)
 
     def unit(self, entry: int, bitmap: int, position: int) -> int:
         """Bytes that a write into a part of this byte's cluster has to be made whole to: 1 if it can be done in place."""

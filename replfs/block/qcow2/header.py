@@ -23,6 +23,8 @@ COMPRESSION: Final = 1 << 3
 EXTENDED_L2: Final = 1 << 4
 AUTOCLEAR_BITMAPS: Final = 1 << 0
 AUTOCLEAR_RAW_DATA: Final = 1 << 1
+AUTOCLEAR_JOURNAL: Final = 1 << 63
+"""replfs's own: a journal may have changes that are not in the tables. Whoever else writes to the image clears it, unknowingly."""
 
 BACKING_NAME_LIMIT: Final = 1023  # the specification's own bound
 INCOMPATIBLE_AT: Final = 72
@@ -117,7 +119,7 @@ class Header:
                 *(MAGIC, 3, _LENGTH_WITH_COMPRESSION + len(extensions), len(name), self.cluster_bits, self.size, 0),
                 *(self.l1_entries, self.l1_offset, self.refcount_table_offset, self.refcount_table_clusters, 0, 0),
             )
-            + _V3.pack(self.incompatible, 0, 0, self.refcount_order, _LENGTH_WITH_COMPRESSION)
+            + _V3.pack(self.incompatible, 0, self.autoclear, self.refcount_order, _LENGTH_WITH_COMPRESSION)
             + bytes(_LENGTH_WITH_COMPRESSION - _V3_LENGTH)
             + extensions
             + name

@@ -7,11 +7,15 @@ that covers one only in part stores it whole, with what was read there before. W
 Guarding rule: looking up and storing happen in one stretch without an await. A request that suspended, to read what it needs, looks
 up again: ``_l2.changes``, or the entry itself, tells whether it has to. So what the backing node holds under a subcluster may
 change once this image holds that subcluster, and only then: that is what copy-before-write keeps to. A cluster that is given back
-stays counted until the hole in the file is made, so that nobody else gets it before.
+stays counted until the hole in the file is made, so that nobody else gets it before. In what order changes reach the disk is
+:mod:`replfs.block.qcow2.changes`' matter.
 """
 
 import array
 import errno
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -20,17 +24,24 @@ from replfs.block.cache import Cache, Shelf
 from replfs.block.file import File
 from replfs.block.node import Data, Extent, Node, merge
 from replfs.block.qcow2 import bitmaps, snapshots
+from replfs.block.qcow2.changes import Changes
 from replfs.block.qcow2.compression import decompress, descriptor
 from replfs.block.qcow2.entries import COMPRESSED, COPIED, PLACE, Entries, Kind, Range, extend
-from replfs.block.qcow2.header import AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, HOST_OFFSET, Header
+from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL, AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, HOST_OFFSET, Header
 from replfs.block.qcow2.integrity import Integrity
+from replfs.block.qcow2.journal import Full, Journal
 from replfs.block.qcow2.l2 import L2Tables
 from replfs.block.qcow2.refcounts import Refcounts
 from replfs.block.qcow2.repair import rebuild_refcounts
+from replfs.block.qcow2.replay import Replay
 from replfs.block.raw import Raw
 from replfs.errors import ReplfsError, printable
 
+logger = logging.getLogger(__name__)
+
 _PIECE: Final = 1 << 20
+_RUN: Final = 8 << 20  # bytes, or a cluster more, that are stored in one step: the journal has to have room for the hashes
+_HASHED: Final = 4096  # bytes at most that one hash in the journal stands for: what a kill leaves whole
 _STEPS: Final = 256  # that one call of extents takes at most: it may tell of less than it was asked for
 _EMPTY_SPANS: Final = 4096
 _decompressions: Final = trio.CapacityLimiter(4)  # at once: each may take two clusters of memory
@@ -70,9 +81,17 @@ class Image(Node):
         if writable:
             header = self._prepare(header, cache)
         self._header = header
+        self.version: Final = header.version
         self._entries = Entries(header, file.path, external=data is not None)
         self.subcluster: Final = self._entries.subcluster
         self._l2 = L2Tables(file, header, self._refcounts, self._integrity, cache)
+        self.changes: Changes | None = None
+        """None for an image that is only read."""
+        if writable:
+            assert self._refcounts is not None
+            unit = min(self.subcluster, _HASHED)
+            self.changes = Changes(file, self.data, self._l2, self._refcounts, header.cluster_bits, unit)
+            self._l2.use(self.changes)
         self._plain: Shelf[bytes] = Shelf(cache, header.cluster)  # decompressed clusters, by their L2 entries
         self._unchanged = True  # by this process
         self._cluster_bits: Final = header.cluster_bits
@@ -259,10 +278,36 @@ class Image(Node):
         assert self._integrity is not None
         self._integrity.check_writable()
         if self._unchanged:
-            self._integrity.keep_autoclear(AUTOCLEAR_RAW_DATA if self._external else 0)
+            self._integrity.set_autoclear(self._autoclear())
             self._unchanged = False
             if self._header.bitmaps is not None:
                 self._drop_bitmaps()
+
+    def _autoclear(self) -> int:
+        """The bits that hold while this process changes the image."""
+        assert self.changes is not None
+        kept = self._header.autoclear & AUTOCLEAR_RAW_DATA if self._external else 0
+        return kept | (AUTOCLEAR_JOURNAL if self.changes.journal is not None else 0)
+
+    async def _retried(self, change: Callable[[], Awaitable[None]]) -> None:
+        """Carry a change out that may find the journal full: then what it has done so far is committed, and it is repeated."""
+        assert self.changes is not None
+        has_room = self.changes.has_room
+        while True:
+            try:
+                self.changes.check_room()
+                await change()
+                break
+            except Full:
+                await self.changes.commit()
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not has_room:
+                    raise
+                has_room = False  # what failed has been given up, too: it is tried once more
+                await self.changes.commit()
+        await self.changes.settle()
+        if self.changes.deferred and self.changes.journal is None:
+            await self.changes.commit()
 
     def _drop_bitmaps(self) -> None:
         """Their autoclear bit is cleared: nothing leads to their clusters any more."""
@@ -292,6 +337,9 @@ class Image(Node):
         stop = offset + len(data)
         if stop == offset or self._overwrite(offset, stop, data):
             return
+        await self._retried(lambda: self._write(offset, stop, data))
+
+    async def _write(self, offset: int, stop: int, data: Data) -> None:
         mask = self._cluster - 1
         while True:
             first, last = offset, stop
@@ -326,14 +374,20 @@ class Image(Node):
             assert self._refcounts is not None
             if host >> bits >= self._refcounts.end or self._integrity.forbids(host >> bits):
                 return False
+        assert self.changes is not None
+        if self.changes.watches(host >> bits):
+            return False
         self.data.write(host + (offset & self._cluster - 1), data)
         return True
 
-    def populate(self, offset: int, data: Data) -> None:
+    async def populate(self, offset: int, data: Data) -> None:
         """Save what the backing node has, in whole subclusters that are missing here (the last one may end with the disk).
 
-        Zeroes are noted as such and take no room. Never suspends. Raises OSError.
+        Zeroes are noted as such and take no room. Raises OSError.
         """
+        await self._retried(lambda: self._populate(offset, data))
+
+    async def _populate(self, offset: int, data: Data) -> None:
         stop = offset + len(data) + -len(data) % self.subcluster
         if data == bytes(len(data)):
             self._store_zeroes(offset, stop, keep=True)
@@ -345,8 +399,11 @@ class Image(Node):
 
         What is not written in place is whole: ``first`` and ``stop`` are where :meth:`write` has found that they have to be. Never
         suspends. Each step is complete on its own: an error leaves what was written before it, and the rest unchanged.
+
+        Raises OSError, Full.
         """
         self._begin_change()
+        assert self.changes is not None
         view = memoryview(data)
         bits, words = self._cluster_bits, self._words
         position = first
@@ -355,7 +412,7 @@ class Image(Node):
             index = cluster >> self._slice_bits
             table = self._l2.slice_for_writing(index)
             at = (cluster & self._slice_mask) * words
-            most = min((stop - 1 >> bits) - cluster, self._slice_mask - (cluster & self._slice_mask)) + 1
+            most = min((stop - 1 >> bits) - cluster, self._slice_mask - (cluster & self._slice_mask), _RUN >> bits) + 1
             in_place = self._entries.own(table[at])
             if in_place:
                 host = table[at] & HOST_OFFSET
@@ -375,15 +432,19 @@ class Image(Node):
             if not fresh and (low > position or high < until):
                 part = b"".join((bytes(low - position), part, bytes(until - high)))
                 low = position
-            try:
-                self.data.write(host + low - (cluster << bits), part)
-            except OSError:
-                if not in_place and not self._external:
-                    assert self._refcounts is not None
-                    self._refcounts.free(host >> bits, count)
-                raise
             old = table[at : at + count * words]
             new = self._entries.held(old, cluster, host, position, until)
+            try:
+                if new != old or any(self.changes.watches((host >> bits) + i) for i in range(count)):
+                    self.changes.data(position, until, host + position - (cluster << bits), low, part)
+                self.data.write(host + low - (cluster << bits), part)
+            except (OSError, Full):
+                if in_place:
+                    with suppress(OSError, Full):  # then what was written here since the last commit is safe only after the next
+                        self.changes.torn(position, until, host + position - (cluster << bits))
+                elif not self._external:
+                    self.changes.free(host >> bits, count)
+                raise
             if new != old:
                 self._l2.put(index, at, new)
                 if not in_place:
@@ -407,7 +468,7 @@ class Image(Node):
                 if entry & HOST_OFFSET >= self.size + -self.size % self._cluster:
                     raise self._entries.damaged(position)
                 continue
-            first, used = self._leads_to(entry)
+            first, used = self._entries.leads_to(entry)
             if first + used > self._refcounts.end + bool(entry & COMPRESSED):  # whose end is rounded up to whole sectors
                 raise self._entries.damaged(position)
             for host in range(
@@ -415,14 +476,6 @@ class Image(Node):
             ):  # an image that was repaired may share a cluster with a table, and count it twice
                 if self._integrity.is_metadata(host) and (self._entries.own(entry) or self._refcounts.get(host) < 2):
                     self._integrity.check_data(host, 1)
-
-    def _leads_to(self, entry: int) -> tuple[int, int]:
-        """The clusters of the file that an entry uses: (the first, how many)."""
-        if entry & COMPRESSED:
-            offset, length = descriptor(entry, self._cluster_bits)
-            first = offset >> self._cluster_bits
-            return first, (offset + length - 1 >> self._cluster_bits) - first + 1
-        return (entry & HOST_OFFSET) >> self._cluster_bits, bool(entry & HOST_OFFSET)
 
     def _allocate(self, cluster: int, count: int) -> tuple[int, int, bool]:
         """Room for ``count`` clusters of the disk at most: (offset in the data file, clusters, surely zero)."""
@@ -436,9 +489,54 @@ class Image(Node):
         """These entries are in the tables no more: count what they led to once less. Raises OSError."""
         if self._external:
             return
-        assert self._refcounts is not None
+        assert self.changes is not None
         for entry in entries[:: self._words]:
-            self._refcounts.free(*self._leads_to(entry))
+            first, count = self._entries.leads_to(entry)
+            if count:
+                self.changes.free(first, count)
+
+    # The journal
+
+    @property
+    def journaled(self) -> bool:
+        """Whether replfs was the last that wrote to it, with a journal, and may not have ended well."""
+        return bool(self._header.autoclear & AUTOCLEAR_JOURNAL)
+
+    async def defer(self, journal: Journal | None, *, append_only: bool = False) -> None:
+        """Defer changes from now on (:mod:`replfs.block.qcow2.changes`), as long as nothing has been changed yet.
+
+        What the journal has from an earlier process is in the tables when this returns. It is this image's from now on. Raises
+        OSError.
+        """
+        assert self.changes is not None
+        self.changes.deferred = True
+        self.changes.append_only = append_only
+        if journal is not None:
+            self.changes.journal = journal  # first of all: the image goes on saying that it has one
+            records = journal.records()
+            if journal.used:
+                self._begin_change()
+                assert self._refcounts is not None
+                replay = Replay(
+                    *(self.data, self._l2, self._entries, self._refcounts, self.changes),
+                    cluster_bits=self._cluster_bits,
+                    size=self.size,
+                    backed=self._backed,
+                    counted=not self._external,
+                )
+                count = replay.run(records)
+                logger.info("%s: %d of %d changes were taken from the journal", printable(self.file.path), count, len(records))
+                await self.changes.begin()
+
+    async def end_journal(self) -> None:
+        """Everything is in the tables, on stable storage, and changes are immediate from now on. Raises OSError."""
+        assert self.changes is not None
+        await self.changes.flush()
+        journal, self.changes.journal, self.changes.deferred = self.changes.journal, None, False
+        if journal is not None:
+            assert self._integrity is not None
+            self._integrity.set_autoclear(self._autoclear())
+            journal.file.close()
 
     # Zeroes
 
@@ -450,7 +548,7 @@ class Image(Node):
         if first >= last:
             return await self._write_zero_bytes(offset, stop)
         await self._write_zero_bytes(offset, first)
-        await self._zero(first, last, not may_unmap)
+        await self._retried(lambda: self._zero(first, last, not may_unmap))
         if last < stop:
             await self._write_zero_bytes(last, stop)
 
@@ -462,7 +560,7 @@ class Image(Node):
         if self._header.version < 3:
             first = max(first, self._backed + -self._backed % unit)
         if first < last:
-            await self._zero(first, last, False)
+            await self._retried(lambda: self._zero(first, last, False))
 
     async def _write_zero_bytes(self, start: int, stop: int) -> None:
         """Zeroes as data; what reads as zeroes already is left as it is."""
@@ -475,13 +573,11 @@ class Image(Node):
 
     async def _zero(self, first: int, last: int, keep: bool) -> None:
         """Make whole subclusters zero (the last one may end with the disk); ``keep`` their room."""
+        assert self.changes is not None
         if self._header.version < 3:
             backed = min(last, self._backed + -self._backed % self._cluster) if not keep else last
             await self._write_zero_bytes(first, min(backed, self.size))
             first = max(first, backed)
-        if self._header.raw_data_file and first < last:
-            self._begin_change()
-            await self.data.write_zeroes(first, min(last, self.size) - first, not keep)
         slice_span = self._slice_bits + self._cluster_bits
         while first < last:
             if first >= self._backed and not self.may_hold(first)[0]:
@@ -493,7 +589,12 @@ class Image(Node):
                 if part and self._entry(start)[0] & COMPRESSED:
                     await self._write_zero_bytes(start, min(stop, self.size))
                 else:
-                    await self._release(self._store_zeroes(start, stop, keep))
+                    if self._header.raw_data_file:  # first in the file, but the journal has to know before that
+                        self._begin_change()
+                        self.changes.zero(start, stop, keep)
+                        await self.data.write_zeroes(start, min(stop, self.size) - start, not keep)
+                    for offset, length in self._store_zeroes(start, stop, keep):
+                        await self.data.discard(offset, length)
             first = until
             if first < last:
                 await trio.lowlevel.checkpoint()
@@ -505,14 +606,15 @@ class Image(Node):
         return [(a, b) for a, b in ((start, head), (head, tail), (tail, stop)) if a < b]
 
     def _store_zeroes(self, start: int, stop: int, keep: bool) -> list[tuple[int, int]]:
-        """Mark whole subclusters as zero. Never suspends. Raises OSError.
+        """Mark whole subclusters as zero. Never suspends. Raises OSError, Full.
 
-        Gives back what of the data file nothing leads to any more, and :meth:`_release` is to be called for: (offset, length) in
-        bytes.
+        Gives back what of an external data file is to be discarded, (offset, length) in bytes: by the caller, before the request
+        is answered, since the next one may write there.
         """
         self._begin_change()
+        assert self.changes is not None
         bits, words = self._cluster_bits, self._words
-        released: list[tuple[int, int]] = []
+        external: list[tuple[int, int]] = []
         while start < stop:
             cluster = start >> bits
             index = cluster >> self._slice_bits
@@ -524,54 +626,43 @@ class Image(Node):
             old = table[at : at + count * words]
             new = self._entries.zeroed(old, cluster, start, until, self._backed, keep)
             if new != old:
+                self.changes.zero(start, until, keep)
                 self._l2.put(index, at, new)
                 for i in range(0, len(old), words):
                     if old[i] & PLACE != new[i] & PLACE:
                         base = cluster + i // words << bits
-                        self._give_up(released, old[i], max(start, base) - base, min(until, base + self._cluster) - base)
+                        if not self._external:
+                            self._give_up(old[i])
+                        elif self._entries.own(old[i]):  # the bytes that are the request's own: others may be writing to the rest
+                            low, high = max(start, base), min(until, base + self._cluster)
+                            external.append(((old[i] & HOST_OFFSET) + low - base, high - low))
             start = until
-        return released
+        return external
 
-    def _give_up(self, released: list[tuple[int, int]], entry: int, start: int, stop: int) -> None:
-        """Count what an entry led to once less, but for what nobody else uses: that is appended to ``released``.
-
-        In an external data file, which has no refcounts, that is ``start .. stop`` of the cluster, the bytes that are the
-        request's own: others may be writing to the rest of it.
-        """
-        if self._external:
-            if self._entries.own(entry):
-                _append_run(released, (entry & HOST_OFFSET) + start, stop - start)
-            return
+    def _give_up(self, entry: int) -> None:
+        """Count what an entry led to once less; what nobody else uses gives its room back, too."""
+        assert self.changes is not None
         assert self._refcounts is not None
-        first, used = self._leads_to(entry)
+        first, used = self._entries.leads_to(entry)
         for cluster in range(first, first + used):
             if self._refcounts.get(cluster) == 1:
-                _append_run(released, cluster << self._cluster_bits, self._cluster)
+                self.changes.release(cluster << self._cluster_bits, self._cluster)
             else:
-                self._refcounts.free(cluster, 1)
-
-    async def _release(self, runs: list[tuple[int, int]]) -> None:
-        """Give room back: first in the file, and only then may its clusters be used again."""
-        with trio.CancelScope(shield=True):  # or they would be leaked
-            problem = None
-            for offset, length in runs:
-                try:
-                    await self.data.discard(offset, length)
-                except OSError as error:
-                    problem = error
-                if not self._external:
-                    assert self._refcounts is not None
-                    self._refcounts.free(offset >> self._cluster_bits, length >> self._cluster_bits)
-            if problem is not None:
-                raise problem
+                self.changes.free(cluster, 1)
 
     # The rest
 
     async def flush(self) -> None:
         """Put this image on stable storage; the backing node is its owner's to flush."""
-        if self._external:
-            await self.data.sync()
-        await self.file.sync()
+        if self.changes is not None:
+            await self.changes.flush()
+        else:
+            await self.file.sync()
+
+    async def harden(self) -> None:
+        """Have what the journal stands for outlive a power cut, for an image whose data is only appended to. Raises OSError."""
+        assert self.changes is not None
+        await self.changes.harden()
 
     @property
     def damage(self) -> str:
@@ -579,6 +670,8 @@ class Image(Node):
         return self._integrity.damage if self._integrity is not None else ""
 
     async def close(self) -> None:
+        if self.changes is not None:
+            await self.changes.close()
         self.release()
 
     def release(self) -> None:
@@ -587,14 +680,9 @@ class Image(Node):
         self._plain.close()
         if self._refcounts is not None:
             self._refcounts.close()
+        if self.changes is not None and self.changes.journal is not None:
+            self.changes.journal.file.close()
         self.data.close()
         self.file.close()
         if self._owns_backing and self.backing is not None:
             self.backing.release()
-
-
-def _append_run(runs: list[tuple[int, int]], offset: int, length: int) -> None:
-    if runs and sum(runs[-1]) == offset:
-        runs[-1] = runs[-1][0], runs[-1][1] + length
-    else:
-        runs.append((offset, length))

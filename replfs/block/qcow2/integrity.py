@@ -118,11 +118,11 @@ class Integrity:
         if self.damage:
             raise OSError(errno.EIO, f"{self._file.path} is corrupt and read-only: {self.damage}")
 
-    def keep_autoclear(self, mask: int) -> None:
-        """Clear the autoclear bits that are not in ``mask``: what they vouch for is not kept up from now on. Raises OSError."""
-        if self._autoclear & ~mask:
-            self._file.write(AUTOCLEAR_AT, _BITS.pack(self._autoclear & mask))
-            self._autoclear &= mask
+    def set_autoclear(self, bits: int) -> None:
+        """Set the autoclear bits, on stable storage: what the others vouch for is not kept up from now on. Raises OSError."""
+        if self._autoclear != bits:
+            self._file.write_durably(AUTOCLEAR_AT, _BITS.pack(bits))
+            self._autoclear = bits
 
 
 def _clusters(clusters: range) -> BitMap64:

@@ -1,26 +1,48 @@
 """Where the clusters of the disk lie: the L1 table, and a bounded cache of slices of L2 tables.
 
 An L2 entry is one 64-bit word, or two with extended L2 entries (specification, "L1 table", "L2 table"). Tables are kept and read in
-slices of 4 KiB (both levels), so that random access neither reads nor keeps more than it needs. Owns both levels; every change is
-in the file before it is made in memory. An L2 table that a snapshot shares is copied before it is changed.
+slices of 4 KiB (both levels), so that random access neither reads nor keeps more than it needs. Owns both levels. An L2 table that
+a snapshot shares is copied before it is changed.
+
+Unless changes are *deferred*, each is in the file before it is made in memory. Deferred ones are in memory only, and kept there,
+until what :meth:`L2Tables.begin_commit` gives back is in the file and :meth:`L2Tables.end_commit` says so.
 """
 
 import array
 import errno
 import struct
-from typing import Final
+from typing import Final, Protocol
 
 from replfs.block.cache import Cache, Shelf
 from replfs.block.file import File
 from replfs.block.qcow2.entries import COPIED
 from replfs.block.qcow2.header import HOST_OFFSET, Header
 from replfs.block.qcow2.integrity import Integrity
+from replfs.block.qcow2.journal import Full
 from replfs.block.qcow2.refcounts import Refcounts
 from replfs.block.qcow2.words import from_words, to_words
 
 L2_TABLE: Final = "L2 table"
 _SLICE_WORDS_BITS: Final = 9
 _SURVEY: Final = 1 << 16  # L1 entries read at once
+
+
+class Log(Protocol):
+    """Who is told of changes (:class:`replfs.block.qcow2.changes.Changes`)."""
+
+    deferred: bool
+
+    def table(self, index: int, offset: int) -> None: ...
+
+    def free(self, cluster: int, count: int) -> None: ...
+
+
+class _Deferred:
+    """Parts of the tables that are changed in memory only, by their numbers."""
+
+    def __init__(self) -> None:
+        self.l1: dict[int, array.array[int]] = {}
+        self.slices: dict[int, array.array[int]] = {}
 
 
 class L2Tables:
@@ -43,6 +65,9 @@ class L2Tables:
         self._slices: Shelf[array.array[int]] = Shelf(cache, self._slice_bytes)
         self.changes = 0
         """Grows whenever an entry changes: a reader that suspended compares it before it looks up again."""
+        self._log: Log | None = None
+        self._changed = _Deferred()  # since the last commit began
+        self._committing = _Deferred()  # by the commit that is under way, or has failed
         if integrity is not None:
             integrity.survey("L1 table", header.l1_offset, header.l1_entries * 8)
             for first in range(0, header.l1_entries, _SURVEY):
@@ -58,20 +83,59 @@ class L2Tables:
         """An entry of the L1 table."""
         part = self._l1.get(table >> _SLICE_WORDS_BITS)
         if part is None:
-            part = self._read_l1(table & -1 << _SLICE_WORDS_BITS, 1 << _SLICE_WORDS_BITS)
-            self._l1.put(table >> _SLICE_WORDS_BITS, part)
+            number = table >> _SLICE_WORDS_BITS
+            part = self._changed.l1.get(number) or self._committing.l1.get(number)
+            if part is None:
+                part = self._read_l1(table & -1 << _SLICE_WORDS_BITS, 1 << _SLICE_WORDS_BITS)
+            self._l1.put(number, part)
         return part[table & (1 << _SLICE_WORDS_BITS) - 1]
 
     def _set_entry(self, table: int, entry: int) -> None:
+        number = table >> _SLICE_WORDS_BITS
         self._entry(table)
-        self._file.write(self._l1_offset + table * 8, struct.pack(">Q", entry))
-        part = self._l1.get(table >> _SLICE_WORDS_BITS)
+        assert self._log is not None
+        if not self._log.deferred:
+            self._file.write(self._l1_offset + table * 8, struct.pack(">Q", entry))
+        part = self._l1.get(number)
         assert part is not None
         part[table & (1 << _SLICE_WORDS_BITS) - 1] = entry
+        if self._log.deferred:
+            self._changed.l1[number] = part
 
     def close(self) -> None:
         self._l1.close()
         self._slices.close()
+
+    def use(self, log: Log) -> None:
+        """Have changes noted in ``log`` from now on, which also says whether they are deferred."""
+        self._log = log
+
+    # Deferred changes
+
+    @property
+    def deferred_slices(self) -> int:
+        """How many parts of the tables are changed in memory only."""
+        return sum(len(part) for changes in (self._changed, self._committing) for part in (changes.l1, changes.slices))
+
+    def begin_commit(self) -> list[tuple[int, bytes]]:
+        """What is to be written to the file for all changes up to now: (offset, bytes). Those of an attempt that failed, too."""
+        committing = self._committing
+        committing.l1.update(self._changed.l1)
+        committing.slices.update(self._changed.slices)
+        self._changed = _Deferred()
+        return [
+            *((self._l1_offset + (number << _SLICE_WORDS_BITS + 3), from_words(part)) for number, part in committing.l1.items()),
+            *(
+                (self._at(self._entry(index >> self._slices_bits) & HOST_OFFSET, index), from_words(part))
+                for index, part in committing.slices.items()
+            ),
+        ]
+
+    def end_commit(self) -> None:
+        """What the last :meth:`begin_commit` gave back is in the file."""
+        self._committing = _Deferred()
+
+    # Looking up
 
     def has_table(self, index: int) -> bool:
         """Whether there is an L2 table for the ``index``-th span of the disk."""
@@ -84,6 +148,10 @@ class L2Tables:
         """
         found = self._slices.get(index)
         if found is None:
+            found = self._changed.slices.get(index) or self._committing.slices.get(index)
+            if found is not None:
+                self._slices.put(index, found)
+                return found
             table = index >> self._slices_bits
             offset = self._entry(table) & HOST_OFFSET
             if not offset:
@@ -120,33 +188,60 @@ class L2Tables:
     def _own_table(self, table: int) -> None:
         assert self._refcounts is not None
         assert self._integrity is not None
+        assert self._log is not None
         size = 1 << self._cluster_bits
         old = self._entry(table) & HOST_OFFSET
         if old and (old & (size - 1) or old >= self._file.length()):
             raise OSError(errno.EIO, f"{self._file.path}: L1 entry {table} is damaged")
         cluster, _, fresh = self._refcounts.allocate(1)
         offset = cluster << self._cluster_bits
+        write = self._file.write_durably if self._log.deferred else self._file.write  # before anything may lead to it
         try:
-            if old or not fresh:
-                self._file.write(offset, self._file.read_now(old, size).ljust(size, b"\0") if old else bytes(size))
-            else:
-                self._file.truncate(offset + size)
+            if old:
+                write(offset, self._file.read_now(old, size).ljust(size, b"\0"))
+            elif not fresh:
+                write(offset, bytes(size))
+            else:  # zeroes are there already, but now they have room, too: a commit is to need none
+                self._file.write(offset, bytes(size))
+            self._log.table(table, offset)
             self._set_entry(table, offset | COPIED)
-        except OSError:
-            self._refcounts.free(cluster, 1)
+        except (OSError, Full):
+            self._log.free(cluster, 1)
             raise
         self._integrity.add(L2_TABLE, range(cluster, cluster + 1))
         if old:
             cluster = old >> self._cluster_bits
             if self._refcounts.get(cluster) == 1:  # else it is a table still, for example of a snapshot
                 self._integrity.remove(L2_TABLE, range(cluster, cluster + 1))
-            self._refcounts.free(cluster, 1)
+            self._log.free(cluster, 1)
+
+    def adopt(self, table: int, offset: int) -> None:
+        """Have L1 entry ``table`` lead to a table that an earlier process has made for it. Raises OSError."""
+        assert self._integrity is not None
+        entry = self._entry(table)
+        if entry != offset | COPIED:
+            size = 1 << self._cluster_bits
+            if self._file.length() < offset + size and not self._file.fixed:
+                self._file.truncate(offset + size)
+            self._set_entry(table, offset | COPIED)
+            self._integrity.add(L2_TABLE, range(offset >> self._cluster_bits, (offset >> self._cluster_bits) + 1))
+            if entry & HOST_OFFSET:
+                assert self._log is not None
+                assert self._refcounts is not None
+                old = (entry & HOST_OFFSET) >> self._cluster_bits
+                if self._refcounts.get(old) == 1:
+                    self._integrity.remove(L2_TABLE, range(old, old + 1))
+                self._log.free(old, 1)
 
     def put(self, index: int, position: int, words: "array.array[int]") -> None:
         """Replace words of a slice from :meth:`slice_for_writing`. Raises OSError; then none has changed."""
         found = self.slice(index)
         assert found is not None
         table = self._entry(index >> self._slices_bits) & HOST_OFFSET
-        self._file.write(self._at(table, index) + position * 8, from_words(words))
+        assert self._log is not None
+        if not self._log.deferred:
+            self._file.write(self._at(table, index) + position * 8, from_words(words))
+        else:
+            self._changed.slices[index] = found
         found[position : position + len(words)] = words
         self.changes += 1

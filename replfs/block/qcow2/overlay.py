@@ -10,8 +10,9 @@ import struct
 from typing import Final
 
 from replfs.block.cache import Cache
-from replfs.block.qcow2.header import BACKING_NAME_LIMIT, EXTENDED_L2, L1_LIMIT, LARGEST_CLUSTER, SECTOR, Header
+from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL, BACKING_NAME_LIMIT, EXTENDED_L2, L1_LIMIT, LARGEST_CLUSTER, SECTOR, Header
 from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.journal import Journal
 from replfs.block.raw import Raw
 from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
@@ -26,12 +27,54 @@ _REFCOUNT_ORDER: Final = 4
 _PER_BLOCK: Final = CLUSTER // 2
 
 
-def create_overlay(storage: Storage, path: str, size: int, backing_file: str, backing_format: str) -> None:
+def create_overlay(
+    storage: Storage, path: str, size: int, backing_file: str, backing_format: str, *, journal: str | None = None
+) -> None:
     """Make ``path`` an empty overlay for a disk of ``size`` bytes, on stable storage; its directory is not synced.
 
     qcow2 counts whole sectors, so a size that is not a multiple of 512 is rounded up. ``backing_file`` goes into the header as it
-    is. Raises OSError, also if there is such a file, and ReplfsError for a name that is too long; then no file is left behind.
+    is. ``journal``: the path of a journal that is made for it. Raises OSError, also if there is such a file, and ReplfsError for a
+    name that is too long; then no file is left behind.
     """
+    length, content = _blank(path, size, backing_file, backing_format, journal is not None)
+    file = storage.create(path)
+    try:
+        file.truncate(length)
+        for offset, data in content:
+            file.write(offset, data)
+        file.sync_now()
+        if journal is not None:
+            Journal.create(storage, journal).file.close()
+    except BaseException:
+        storage.unlink(path)
+        raise
+    finally:
+        file.close()
+
+
+def is_blank_overlay(
+    storage: Storage, path: str, size: int, backing_file: str, backing_format: str, *, journal: str | None = None
+) -> bool:
+    """Whether ``path`` is what :meth:`create_overlay` makes, byte for byte; it is on stable storage then."""
+    length, content = _blank(path, size, backing_file, backing_format, journal is not None)
+    expected = bytearray(length)
+    for offset, data in content:
+        expected[offset : offset + len(data)] = data
+    try:
+        file = storage.open(path, writable=True)
+        try:
+            if file.length() != length or file.read_now(0, length) != expected:
+                return False
+            file.sync_now()
+        finally:
+            file.close()
+        return journal is None or Journal.is_blank(storage, journal)
+    except (OSError, ReplfsError):
+        return False
+
+
+def _blank(path: str, size: int, backing_file: str, backing_format: str, journaled: bool) -> tuple[int, list[tuple[int, bytes]]]:
+    """An empty overlay: (length of the file, [(offset, bytes)]), zeroes elsewhere. Raises ReplfsError."""
     if len(backing_file.encode(errors="surrogateescape")) > BACKING_NAME_LIMIT:
         raise ReplfsError(
             f"{path}: the backing file's name has more than {BACKING_NAME_LIMIT} bytes, which qcow2 cannot hold: {backing_file}"
@@ -59,21 +102,16 @@ def create_overlay(storage: Storage, path: str, size: int, backing_file: str, ba
         refcount_table_clusters=table_clusters,
         refcount_order=_REFCOUNT_ORDER,
         incompatible=EXTENDED_L2,
+        autoclear=AUTOCLEAR_JOURNAL if journaled else 0,
         backing_file=backing_file,
         backing_format=backing_format,
     )
-    file = storage.create(path)
-    try:
-        file.truncate(used * CLUSTER)
-        file.write(CLUSTER, b"".join(struct.pack(">Q", (first_block + i) * CLUSTER) for i in range(blocks)))
-        file.write(first_block * CLUSTER, b"\0\1" * used)
-        file.write(0, header.to_bytes())
-        file.sync_now()
-    except BaseException:
-        storage.unlink(path)
-        raise
-    finally:
-        file.close()
+    return used * CLUSTER, [
+        (CLUSTER, b"".join(struct.pack(">Q", (first_block + i) * CLUSTER) for i in range(blocks))),
+        (first_block * CLUSTER, b"\0\1" * used),
+        (header.l1_offset, bytes(l1_entries * 8)),  # with room of its own: a commit is to need none
+        (0, header.to_bytes()),
+    ]
 
 
 def open_overlay(storage: Storage, path: str, backing: Raw | Image, cache: Cache) -> Image:

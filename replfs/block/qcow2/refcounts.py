@@ -1,7 +1,8 @@
 """Which clusters of an image's file are in use: the refcount table, a bounded cache of refcount blocks, and what gives out new
 clusters.
 
-Every change is in the file before it is made in memory. Free clusters are looked for from the lowest that may be free on, a bounded
+Every change is in the file before it is made in memory. New blocks and tables are on stable storage before anything leads to them,
+and before they give out clusters. Free clusters are looked for from the lowest that may be free on, a bounded
 stretch at a time; when none is found in it, the file grows. A refcount block that is missing is made at the first cluster that it
 counts, so it counts itself; a table that is full is replaced by a larger one behind everything that the old one could count
 (specification, "Host cluster management").
@@ -173,6 +174,18 @@ class Refcounts:
         self.end = max(self.end, first + count)
         return first, count, fresh
 
+    def claim(self, cluster: int, count: int) -> None:
+        """Count clusters that are in use, and may not be counted yet, at least once. Raises OSError."""
+        for wanted in range(cluster, cluster + count):
+            index, position = divmod(wanted, self.per_block)
+            block = self._block(index) if index < len(self._table) else None
+            if block is None:  # which was on stable storage before it gave out the first of its clusters
+                raise self._integrity.damaged(f"cluster {wanted} is used, and there is no refcount block for it")
+            if not block.get(position):
+                self._integrity.check_data(wanted, 1)
+                self._set(index, block, position, [1])
+        self.end = max(self.end, cluster + count)
+
     def free(self, cluster: int, count: int) -> None:
         """Count clusters as used once less.
 
@@ -208,12 +221,8 @@ class Refcounts:
         block = Block(bytearray(1 << self._cluster_bits), self._order)
         at, data = block.changed(cluster % self.per_block, [1])
         block.raw[at : at + len(data)] = data
-        if cluster >= self.end:
-            self._file.truncate(offset + len(block.raw))
-            self._file.write(offset + at, data)
-        else:
-            self._file.write(offset, block.raw)
-        self._file.write(self._table_offset + index * 8, struct.pack(">Q", offset))
+        self._file.write_durably(offset, block.raw)
+        self._file.write_durably(self._table_offset + index * 8, struct.pack(">Q", offset))
         self._table[index] = offset
         self._integrity.add(BLOCK, range(cluster, cluster + 1))
         self._blocks.put(index, block)
@@ -246,9 +255,9 @@ class Refcounts:
             at, data = block.changed(low - index * per_block, [1] * (high - low))
             block.raw[at : at + len(data)] = data
             table[index] = start + table_clusters + i << bits
-            self._file.write(table[index], block.raw)
-        self._file.write(start << bits, from_words(table))
-        self._file.write(REFCOUNT_TABLE_AT, struct.pack(">QI", start << bits, table_clusters))
+            self._file.write_durably(table[index], block.raw)
+        self._file.write_durably(start << bits, from_words(table))
+        self._file.write_durably(REFCOUNT_TABLE_AT, struct.pack(">QI", start << bits, table_clusters))
         old_clusters = self._table_clusters()
         self._table, self._table_offset, self.end = table, start << bits, max(self.end, stop)
         self._integrity.remove(TABLE, old_clusters)

@@ -51,11 +51,13 @@ class PrimaryFilter(Node):
         try:
             await request(self.target)
         except OSError as error:
-            if self.forwarding and not self.sticky_error:
-                self.sticky_error = True
-                logger.warning(
-                    "a change or flush could not be forwarded, so the secondary's copy may differ from now on: %s", error
-                )
+            self.failed(error)
+
+    def failed(self, error: OSError) -> None:
+        """The secondary may lack something that the primary's disk has."""
+        if self.forwarding and not self.sticky_error:
+            self.sticky_error = True
+            logger.warning("a change or flush could not be forwarded, so the secondary's copy may differ from now on: %s", error)
 
     async def close(self) -> None:
         """The target is its owner's to close."""

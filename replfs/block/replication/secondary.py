@@ -34,7 +34,9 @@ class Layers:
 
 
 class SecondaryFilter(Node):
-    def __init__(self, disk: Node, gate: Gate) -> None:
+    def __init__(self, disk: Node, gate: Gate, *, durable: bool) -> None:
+        """``durable``: what the layers below active show while running is on stable storage anyway."""
+        self._durable = durable
         self.disk = disk
         self.size = disk.size
         self.stage = Stage.NONE
@@ -43,6 +45,8 @@ class SecondaryFilter(Node):
         """Bytes from the start of the disk that the commit under way has put into the secondary disk."""
         self.commit_error: OSError | None = None
         """A write behind ``committed`` that did not reach the secondary disk: this commit cannot end well."""
+        self.unsettled: Callable[[], Awaitable[None]] | None = None
+        """Set while a power cut may bring an older state back: nothing is durable before this has been awaited and succeeded."""
         self.gate = gate
         self.locks = RangeLocks()
 
@@ -108,11 +112,15 @@ class SecondaryFilter(Node):
         return parts
 
     async def flush(self) -> None:
-        """Every layer that the view is read from."""
+        """Every layer that what was written went to, or that the view is read from and that is not durable already."""
         async with self.gate:
             self._source()
+            if self.unsettled is not None:
+                await self.unsettled()
             if self.layers is not None:
                 await self.layers.active.flush()
+                if self._durable and self.stage is Stage.RUNNING:
+                    return
                 await self.layers.hidden.flush()
             await self.disk.flush()
 

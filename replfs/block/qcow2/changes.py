@@ -1,0 +1,269 @@
+"""What an image has changed and not committed: the order in which changes reach the disk, so that it outlives a power cut.
+
+An image works in one of two ways.
+
+*Immediate*: every change is written at once, in the order that a killed process may stop at: refcounts that grow, data, the entries
+that lead to it, refcounts that shrink. Nothing is known about the order in which the disk gets them.
+
+*Deferred*: data, refcounts that grow and new tables are written at once, L1 and L2 entries only by a commit, and clusters that are
+not used any more are given back after it. A commit is
+
+    sync, so that data is durable -- write the entries -- sync, so that they are -- give back what nothing leads to any more
+
+and so whatever subset of writes a power cut leaves, entries lead to what they are meant to lead to. Until a commit, the
+image's :class:`~replfs.block.qcow2.journal.Journal` has the changes, so that a killed process loses none of them; an image that
+cannot have one commits before a change is acknowledged.
+
+A record has hashes of its data, so a cluster that it speaks of is *watched* until the record is retired: data that is written over
+in place is announced to the journal first, and either version is a good one.
+
+``append_only`` is for an image whose data is never written over: the hidden disk. Its records stand for its changes as soon as
+they are durable (:meth:`Changes.harden`), with one sync in place of a commit's two. The entries are written then, so that whoever
+reads the image finds them; the records are retired only when the entries are durable.
+"""
+
+from collections.abc import Callable
+
+import trio
+
+from replfs.block.file import File
+from replfs.block.node import Data
+from replfs.block.qcow2.journal import HALF, Change, Full, Journal, hashes
+from replfs.block.qcow2.l2 import L2Tables
+from replfs.block.qcow2.refcounts import Refcounts
+
+_MANY_SLICES = 1024
+_TOO_MANY_SLICES = 4096
+
+
+def _nobody() -> None:
+    """Where nobody commits in the background."""
+
+
+class Changes:
+    """Of one image that is open for writing."""
+
+    def __init__(self, file: File, data: File, tables: L2Tables, refcounts: Refcounts, cluster_bits: int, unit: int) -> None:
+        """``data`` is the file that the clusters of data lie in: the image's own, or an external one.
+
+        ``unit``: bytes of data that one hash stands for, at most a page and at most a subcluster.
+        """
+        self.deferred = False
+        self.append_only = False
+        self.journal: Journal | None = None
+        self.wanted: Callable[[], None] = _nobody
+        """Called when it is time for a commit."""
+        self._file = file
+        self._data = data
+        self._tables = tables
+        self._refcounts = refcounts
+        self._bits = cluster_bits
+        self.unit = unit
+        self._hardened = 0  # the number of the last record that is durable, with all that it is about
+        self._closed = False
+        self._watched: dict[int, int] = {}  # clusters of the data file, with the number of the last record about them
+        self._freed: list[tuple[int, int]] = []  # (first cluster, how many) to count once less
+        self._released: list[tuple[int, int]] = []  # (offset, length) to give back to the file system, and then to free
+        self._lock = trio.Lock()
+
+    # Taking notes
+
+    def watches(self, cluster: int) -> bool:
+        """Whether data may not simply be written over in this cluster of the data file: :meth:`data` is to be told.
+
+        Without a journal that is so for all, while a commit is to come: what leads to the cluster may not be in the tables.
+        """
+        return cluster in self._watched or (self.deferred and self.journal is None and self.pending)
+
+    def check_room(self) -> None:
+        """Raises Full if nothing may be changed before a commit."""
+        if self.deferred:
+            waiting = self._tables.deferred_slices
+            if waiting >= _MANY_SLICES or (self.journal is not None and self.journal.filled >= HALF // 2):
+                self.wanted()
+                if waiting >= _TOO_MANY_SLICES:
+                    raise Full
+
+    def data(self, start: int, stop: int, host: int, low: int, part: Data) -> None:
+        """``part`` is about to be written at ``low``, within bytes ``start .. stop`` of the disk, which become data.
+
+        They lie at ``host`` of the data file. Raises Full, OSError.
+        """
+        if self.journal is None:
+            return
+        unit = self.unit
+        first, last = start & -unit, stop + -stop % unit
+        host += first - start
+        if low != first or len(part) != last - first:
+            content = bytearray(self._data.read_now(host, last - first).ljust(last - first, b"\0"))
+            content[low - first : low - first + len(part)] = part
+            part = content
+        self.journal.append(Change.DATA, first, last, host, hashes(part, unit))
+        for cluster in range(host >> self._bits, (host + last - first - 1 >> self._bits) + 1):
+            self._watched[cluster] = self.journal.number
+
+    def torn(self, start: int, stop: int, host: int) -> None:
+        """A write over bytes ``start .. stop`` of the disk, which lie at ``host``, has failed: whatever is there now is right."""
+        if self.journal is not None:
+            unit = self.unit
+            first, last = start & -unit, stop + -stop % unit
+            host += first - start
+            content = self._data.read_now(host, last - first).ljust(last - first, b"\0")
+            self.journal.append(Change.CONTENT, first, last, host, hashes(content, unit))
+
+    def zero(self, start: int, stop: int, keep: bool) -> None:
+        """Bytes ``start .. stop`` of the disk are about to become zero. Raises Full, OSError."""
+        if self.journal is not None:
+            self.journal.append(Change.ZERO, start, stop, keep)
+
+    def table(self, index: int, offset: int) -> None:
+        """L1 entry ``index`` is about to lead to a new table. Raises Full, OSError."""
+        if self.journal is not None:
+            self.journal.append(Change.TABLE, index, offset, 0)
+
+    def free(self, cluster: int, count: int) -> None:
+        """Nothing leads to these clusters any more: they are to be counted once less. Raises OSError."""
+        if self.deferred:
+            self._freed.append((cluster, count))
+        else:
+            self._refcounts.free(cluster, count)
+
+    def release(self, offset: int, length: int) -> None:
+        """Nobody uses these clusters, by their bytes, any more: they are to be given back, and freed."""
+        if self._released and sum(self._released[-1]) == offset:
+            offset, length = self._released[-1][0], self._released.pop()[1] + length
+        self._released.append((offset, length))
+
+    # Committing
+
+    @property
+    def pending(self) -> bool:
+        unretired = self.journal is not None and self.journal.retired < self.journal.number
+        return self.deferred and bool(unretired or self._tables.deferred_slices or self._freed or self._released)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a commit would give room back."""
+        return self.deferred and bool(self._freed or self._released)
+
+    async def commit(self) -> None:
+        """Put all changes, and the data that was written before, on stable storage. Raises OSError: what failed is done again."""
+        await self._commit(retire_last=self.append_only)
+
+    async def _commit(self, *, retire_last: bool) -> None:
+        """``retire_last``: the records go on to stand for the changes until the tables are durable.
+
+        Else they are retired together with that, so that afterwards their data may be written over at once.
+        """
+        async with self._lock:
+            if not self.pending or self._closed:
+                return
+            journal = self.journal
+            through = journal.number if journal is not None else 0
+            freed, self._freed = self._freed, []
+            released, self._released = self._released, []
+            try:
+                entries = self._tables.begin_commit()
+                await sync(self._file, self._data)
+                for offset, raw in entries:
+                    self._file.write(offset, raw)
+                if journal is not None and not retire_last:
+                    journal.retire(through)
+                await sync(self._file, *([journal.file] if journal is not None else []))
+                if journal is not None and retire_last:
+                    journal.retire(through)
+                    if freed or released:  # a record must not come back when its cluster is another's
+                        await sync(journal.file)
+            except BaseException:
+                self._freed[:0], self._released[:0] = freed, released
+                raise
+            self._tables.end_commit()
+            self._hardened = through
+            self._watched = {cluster: number for cluster, number in self._watched.items() if number > through}
+            self._released[:0] = released
+            while freed:
+                try:
+                    self._refcounts.free(*freed[-1])
+                except OSError:
+                    self._freed[:0] = freed
+                    raise
+                freed.pop()
+            await self._give_back()
+
+    async def begin(self) -> None:
+        """What the journal had is applied: commit it, and have all of its records retired. Raises OSError.
+
+        What has outlived one power cut must outlive the next: it is what the machine finds.
+        """
+        assert self.journal is not None
+        await self._commit(retire_last=True)
+        await self.journal.file.sync()
+
+    async def close(self) -> None:
+        """Wait for a commit that is under way; there are no others."""
+        async with self._lock:
+            self._closed = True
+
+    async def settle(self) -> None:
+        """Give back what is to be given back, unless a commit will do so. Raises OSError."""
+        if self._released and not self.deferred:
+            await self._give_back()
+
+    async def _give_back(self) -> None:
+        """First in the file, and only then may its clusters be used again."""
+        released, self._released = self._released, []
+        with trio.CancelScope(shield=True):  # or they would be leaked
+            problem = None
+            for offset, length in released:
+                try:
+                    await self._data.discard(offset, length)
+                except OSError as error:
+                    problem = error
+                try:
+                    self._refcounts.free(offset >> self._bits, length >> self._bits)
+                except OSError as error:
+                    problem = error
+                    self._released.append((offset, length))
+            if problem is not None:
+                raise problem
+
+    async def harden(self) -> None:
+        """Everything so far outlives a power cut, if by means of the journal. One sync serves all who ask. Raises OSError."""
+        assert self.journal is not None
+        wanted = self.journal.number
+        async with self._lock:
+            if self._hardened >= wanted:
+                return
+            through = self.journal.number
+            entries = self._tables.begin_commit()
+            await sync(self._file, self._data, self.journal.file)
+            for offset, raw in entries:
+                self._file.write(offset, raw)
+            self._tables.end_commit()
+            self._hardened = through
+
+    async def flush(self) -> None:
+        """Put everything on stable storage, in the tables. Raises OSError."""
+        if self.pending:
+            await self.commit()
+        await sync(self._file, self._data)
+
+
+async def sync(*files: File) -> None:
+    """Put files on stable storage, side by side. Raises the OSError of one that fails, when all have ended."""
+    first, *others = dict.fromkeys(files)
+    if not others:
+        return await first.sync()
+    problems: list[OSError] = []
+
+    async def one(file: File) -> None:
+        try:
+            await file.sync()
+        except OSError as error:
+            problems.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for file in (first, *others):
+            nursery.start_soon(one, file)
+    if problems:
+        raise problems[0]
