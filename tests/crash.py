@@ -716,6 +716,10 @@ World = tuple[Stage, int]
 """The saved stage and generation, as a restart finds them."""
 
 
+def _sectors(offset: int, data: bytes) -> range:
+    return range(offset // SECTOR, -(-(offset + len(data)) // SECTOR))
+
+
 class Model:
     """What was asked of a volume, and what of it was acknowledged; so, what may be found after a cut.
 
@@ -768,7 +772,12 @@ class Model:
             for versions in self._fresh:
                 if versions is not self.disk:
                     versions.begin(write, offset, data, True)
-                    versions.written.difference_update(range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)))
+                    # What is read after the checkpoint tells whether this is in the view, but where the machine is writing, too.
+                    versions.written.difference_update(set(_sectors(offset, data)) - self._under_way())
+
+    def _under_way(self) -> set[int]:
+        """The sectors that the machine is writing to."""
+        return {sector for offset, data, _ in self.view.writing.values() for sector in _sectors(offset, data)}
 
     def _all(self) -> list[Versions]:
         return [self.disk, *(versions for versions, _ in self._views() if versions is not self.disk)]

@@ -183,11 +183,10 @@ class Changes:
             self._released[:0] = released
             while freed:
                 try:
-                    self._refcounts.free(*freed[-1])
+                    self._refcounts.free(*freed.pop())
                 except OSError:
                     self._freed[:0] = freed
                     raise
-                freed.pop()
             await self._give_back()
 
     async def begin(self) -> None:
@@ -221,9 +220,8 @@ class Changes:
                     problem = error
                 try:
                     self._refcounts.free(offset >> self._bits, length >> self._bits)
-                except OSError as error:
+                except OSError as error:  # some may be counted less already, so these are leaked
                     problem = error
-                    self._released.append((offset, length))
             if problem is not None:
                 raise problem
 
