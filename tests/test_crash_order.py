@@ -254,3 +254,30 @@ async def test_a_write_that_is_torn_does_not_take_what_was_there_with_it(tmp_pat
     image = await overlay(folder)
     assert same(bytes(await image.read(0, 16384)), b"A" * 2048 + b"B" * 700 + b"A" * (16384 - 2748))
     dies(image)
+
+
+async def test_what_is_given_up_during_a_commit_is_not_given_back_by_it(tmp_path: Path) -> None:
+    """The tables still lead to it, so a power cut would find a hole, or what somebody else has put there."""
+    image = await disk(tmp_path / "a")
+    await image.write(0, b"A" * (4 * CLUSTER))
+    await image.flush()
+    await image.write_zeroes(0, CLUSTER)
+    plain, syncing, go = image.file.sync, trio.Event(), trio.Event()
+
+    async def slow() -> None:
+        syncing.set()
+        await go.wait()
+        await plain()
+
+    image.file.sync = slow  # type: ignore[method-assign]
+    file = tmp_path / "a" / "disk"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.flush)
+        await syncing.wait()
+        await image.write_zeroes(2 * CLUSTER, CLUSTER)
+        go.set()
+    assert file.read_bytes().count(b"A" * CLUSTER) == 3, "one is gone, and it is the first"
+    image.file.sync = plain  # type: ignore[method-assign]
+    await image.flush()
+    assert file.read_bytes().count(b"A" * CLUSTER) == 2
+    dies(image)

@@ -46,7 +46,8 @@ def free_at_once(self: Changes, cluster: int, count: int) -> None:
 
 
 async def give_back_at_once(self: Changes) -> None:
-    await self._give_back()
+    released, self._released = self._released, []
+    await self._give_back(released)
 
 
 CHANGES = "replfs.block.qcow2.changes"

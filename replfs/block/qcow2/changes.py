@@ -180,14 +180,13 @@ class Changes:
             self._tables.end_commit()
             self._hardened = through
             self._watched = {cluster: number for cluster, number in self._watched.items() if number > through}
-            self._released[:0] = released
             while freed:
                 try:
                     self._refcounts.free(*freed.pop())
                 except OSError:
-                    self._freed[:0] = freed
+                    self._freed[:0], self._released[:0] = freed, released
                     raise
-            await self._give_back()
+            await self._give_back(released)  # and not what was released meanwhile: the tables still lead to that
 
     async def begin(self) -> None:
         """What the journal had is applied: commit it, and have all of its records retired. Raises OSError.
@@ -206,11 +205,11 @@ class Changes:
     async def settle(self) -> None:
         """Give back what is to be given back, unless a commit will do so. Raises OSError."""
         if self._released and not self.deferred:
-            await self._give_back()
+            released, self._released = self._released, []
+            await self._give_back(released)
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, released: list[tuple[int, int]]) -> None:
         """First in the file, and only then may its clusters be used again."""
-        released, self._released = self._released, []
         with trio.CancelScope(shield=True):  # or they would be leaked
             problem = None
             for offset, length in released:
