@@ -42,7 +42,7 @@ def records_of(path: str) -> list[Record]:
 
 
 def test_records_come_back_in_order_until_they_are_retired(path: str) -> None:
-    made = Journal.create(Storage(), path)
+    made = Journal.create(Storage(), path, 7)
     written = fill(made, range(10))
     assert records_of(path) == written
     made.retire(4)
@@ -53,7 +53,7 @@ def test_records_come_back_in_order_until_they_are_retired(path: str) -> None:
 
 
 def test_a_half_is_used_again_when_all_of_it_is_retired(path: str) -> None:
-    made = Journal.create(Storage(), path)
+    made = Journal.create(Storage(), path, 7)
     last = 2 * (journal_module.HALF // (48 + 8 * 1000))
     fill(made, range(last), hashes=1000)
     with pytest.raises(Full):
@@ -70,7 +70,7 @@ def test_a_half_is_used_again_when_all_of_it_is_retired(path: str) -> None:
 
 @pytest.mark.parametrize("byte", [0, 8, 12, 20, 47, 48, 63])
 def test_a_record_that_is_not_whole_ends_what_counts(path: str, byte: int) -> None:
-    made = Journal.create(Storage(), path)
+    made = Journal.create(Storage(), path, 7)
     written = fill(made, range(5))
     at = 4096 + 3 * 64 + byte
     with open(path, "r+b") as file:
@@ -83,7 +83,7 @@ def test_a_record_that_is_not_whole_ends_what_counts(path: str, byte: int) -> No
 
 
 def test_what_is_left_of_lost_records_never_counts_as_a_new_one_s_successor(path: str) -> None:
-    made = Journal.create(Storage(), path)
+    made = Journal.create(Storage(), path, 7)
     fill(made, range(5))
     made.file.write(4096, bytes(64))  # the first one's sector never reached the disk
     made.file.close()
@@ -96,7 +96,7 @@ def test_what_is_left_of_lost_records_never_counts_as_a_new_one_s_successor(path
 
 
 def test_a_journal_that_is_damaged_is_refused(path: str) -> None:
-    Journal.create(Storage(), path).file.close()
+    Journal.create(Storage(), path, 7).file.close()
     for content in (b"", b"x" * 4096, Path(path).read_bytes()[:20], bytes(512)):
         Path(path).write_bytes(content)
         with pytest.raises(ReplfsError, match="journal"):
@@ -282,7 +282,28 @@ def assert_sound_but_for_leaks(image: Path) -> None:
 
 async def test_a_disk_whose_journal_is_gone_is_taken_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert await disk_with(tmp_path, lambda disk: os.unlink(tmp_path / "disk.journal"), caplog) == bytes(4096)
-    assert "its journal" in caplog.text
+    assert "not its journal" in caplog.text
+
+
+async def test_a_disk_takes_nothing_from_a_journal_that_is_older_than_its_last_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Used with two state directories by turns, and killed both times: what the first has is overtaken."""
+    disk = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", disk, "1M")
+    for journal, byte in ("one", b"1"), ("two", b"2"), ("one", None):
+        image = open_disk(disk, "qcow2")
+        assert isinstance(image, Image)
+        await use_journal(Storage(), image, str(tmp_path / journal), keep=True)
+        if byte:
+            await image.write(0, byte * 4096)
+            if byte == b"2":
+                await image.flush()
+        else:
+            assert bytes(await image.read(0, 4096)) == b"2" * 4096
+            assert "not its journal" in caplog.text
+        image.release()
+    assert_sound_but_for_leaks(disk)
 
 
 async def test_qemu_reads_meanwhile_what_was_committed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

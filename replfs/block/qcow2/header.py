@@ -25,6 +25,8 @@ AUTOCLEAR_BITMAPS: Final = 1 << 0
 AUTOCLEAR_RAW_DATA: Final = 1 << 1
 AUTOCLEAR_JOURNAL: Final = 1 << 63
 """replfs's own: a journal may have changes that are not in the tables. Whoever else writes to the image clears it, unknowingly."""
+JOURNAL_NAME: Final = 0x7FFF_FFFF << 32
+"""Bits that say which journal that is, with the one above. An overlay's are zero: its journal is known by the file's name."""
 
 BACKING_NAME_LIMIT: Final = 1023  # the specification's own bound
 INCOMPATIBLE_AT: Final = 72

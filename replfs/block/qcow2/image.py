@@ -27,7 +27,7 @@ from replfs.block.qcow2 import bitmaps, snapshots
 from replfs.block.qcow2.changes import Changes
 from replfs.block.qcow2.compression import decompress, descriptor
 from replfs.block.qcow2.entries import COMPRESSED, COPIED, PLACE, Entries, Kind, Range, extend
-from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL, AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, HOST_OFFSET, Header
+from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL, AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, HOST_OFFSET, JOURNAL_NAME, Header
 from replfs.block.qcow2.integrity import Integrity
 from replfs.block.qcow2.journal import Full, Journal
 from replfs.block.qcow2.l2 import L2Tables
@@ -287,7 +287,7 @@ class Image(Node):
         """The bits that hold while this process changes the image."""
         assert self.changes is not None
         kept = self._header.autoclear & AUTOCLEAR_RAW_DATA if self._external else 0
-        return kept | (AUTOCLEAR_JOURNAL if self.changes.journal is not None else 0)
+        return kept | (self.changes.journal.name if self.changes.journal is not None else 0)
 
     async def _retried(self, change: Callable[[], Awaitable[None]]) -> None:
         """Carry a change out that may find the journal full: then what it has done so far is committed, and it is repeated."""
@@ -498,9 +498,10 @@ class Image(Node):
     # The journal
 
     @property
-    def journaled(self) -> bool:
-        """Whether replfs was the last that wrote to it, with a journal, and may not have ended well."""
-        return bool(self._header.autoclear & AUTOCLEAR_JOURNAL)
+    def journal_name(self) -> int:
+        """Which journal replfs worked with when it was the last that wrote to the image, and did not end well; else 0."""
+        bits = self._header.autoclear
+        return bits & (AUTOCLEAR_JOURNAL | JOURNAL_NAME) if bits & AUTOCLEAR_JOURNAL else 0
 
     async def defer(self, journal: Journal | None, *, append_only: bool = False) -> None:
         """Defer changes from now on (:mod:`replfs.block.qcow2.changes`), as long as nothing has been changed yet.

@@ -6,9 +6,10 @@ Whatever a kill or a power cut has left of the journal and of the image, those r
 there. Nothing has to be known about which of the two it was.
 
 The header says up to which number the records are *retired*: their changes are in the tables, and never applied again. A half is
-used again when all of its records are retired.
+used again when all of its records are retired. It also has the journal's *name*, by which its image knows it.
 
-Layout, little-endian. Header: magic, version, number of the last retired record, xxh3-64 of all that. Record: xxh3-64 of the rest,
+Layout, little-endian. Header: magic, version, name, number of the last retired record, xxh3-64 of all
+that. Record: xxh3-64 of the rest,
 its length in bytes, kind, number, three values, xxh3-64 of each unit of data.
 """
 
@@ -26,13 +27,13 @@ from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
 
 _MAGIC: Final = b"replfs-j"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SECTOR: Final = 512
 _START: Final = 4096
 HALF: Final = 256 << 10
 """Bytes of records in one half."""
 
-_HEADER: Final = struct.Struct("<8sQQ")
+_HEADER: Final = struct.Struct("<8sQQQ")
 _CHECKSUM: Final = struct.Struct("<Q")
 _RECORD: Final = struct.Struct("<IIQQQQ")
 _FIXED: Final = _CHECKSUM.size + _RECORD.size
@@ -66,8 +67,9 @@ class Record(NamedTuple):
 class Journal:
     """Owns its file. Nothing but :meth:`File.sync <replfs.block.file.File.sync>` of ``file`` puts it on stable storage."""
 
-    def __init__(self, file: File, retired: int) -> None:
+    def __init__(self, file: File, name: int, retired: int) -> None:
         self.file = file
+        self.name: Final = name
         self.retired = retired
         """The number of the last record that is in the tables."""
         self.number = retired
@@ -81,8 +83,8 @@ class Journal:
         self._last = [retired, retired]  # the number of the last record in each half
 
     @classmethod
-    def create(cls, storage: Storage, path: str) -> "Journal":
-        """Make an empty journal, on stable storage but for its name. Raises OSError; then there is no file left behind.
+    def create(cls, storage: Storage, path: str, name: int) -> "Journal":
+        """Make an empty journal, on stable storage but for its directory. Raises OSError; then there is no file left behind.
 
         It has all of its room from the start: what needs no room in the image must not need any in the journal.
         """
@@ -90,8 +92,8 @@ class Journal:
         try:
             file.truncate(0)
             file.reserve(_START + 2 * HALF)
-            journal = cls(file, 0)
-            file.write(0, _header(0))
+            journal = cls(file, name, 0)
+            file.write(0, _header(name, 0))
             file.sync_now()
         except BaseException:
             file.close()
@@ -107,21 +109,21 @@ class Journal:
             header = file.read_now(0, _HEADER.size + _CHECKSUM.size)
             if len(header) < _HEADER.size + _CHECKSUM.size or header[_HEADER.size :] != _checksum(header[: _HEADER.size]):
                 raise ReplfsError(f"{printable(path)}: the journal is damaged", errno.EINVAL)
-            magic, version, retired = _HEADER.unpack_from(header)
+            magic, version, name, retired = _HEADER.unpack_from(header)
             if magic != _MAGIC or version != _VERSION:
                 raise ReplfsError(f"{printable(path)} is not a journal of version {_VERSION}", errno.EINVAL)
-            return cls(file, retired)
+            return cls(file, name, retired)
         except BaseException:
             file.close()
             raise
 
     @classmethod
-    def is_blank(cls, storage: Storage, path: str) -> bool:
+    def is_blank(cls, storage: Storage, path: str, name: int) -> bool:
         """Whether this is a journal that was never used; it is on stable storage then. Raises OSError."""
         file = storage.open_own(path)
         try:
             length = _START + 2 * HALF
-            if file.read_now(0, length + 1) != _header(0).ljust(length, b"\0") or file.allocated_bytes() < length:
+            if file.read_now(0, length + 1) != _header(name, 0).ljust(length, b"\0") or file.allocated_bytes() < length:
                 return False
             file.sync_now()
             return True
@@ -181,7 +183,7 @@ class Journal:
 
     def retire(self, number: int) -> None:
         """The changes up to this record are in the tables. Raises OSError."""
-        self.file.write(0, _header(number))
+        self.file.write(0, _header(self.name, number))
         self.retired = number
         self.filled = 0
 
@@ -194,8 +196,8 @@ def hashes(data: Data, unit: int) -> list[int]:
     return [xxh3_64_intdigest(view[at : at + unit]) for at in range(0, len(view), unit)]
 
 
-def _header(retired: int) -> bytes:
-    header = _HEADER.pack(_MAGIC, _VERSION, retired)
+def _header(name: int, retired: int) -> bytes:
+    header = _HEADER.pack(_MAGIC, _VERSION, name, retired)
     return (header + _checksum(header)).ljust(_SECTOR, b"\0")
 
 

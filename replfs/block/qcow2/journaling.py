@@ -3,7 +3,9 @@
 import errno
 import logging
 import os
+import secrets
 
+from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.journal import Journal
 from replfs.block.storage import Storage
@@ -17,21 +19,23 @@ async def use_journal(
 ) -> None:
     """Finish what an earlier process has left in the image's journal; with ``keep``, work with one from now on.
 
-    An image that may need its journal says so itself (:attr:`Image.journaled`). If it is not there then, that is an error if it is
-    ``required``, else the image is taken as it is. Raises ReplfsError, OSError.
+    An image that may need a journal says so itself, and which (:attr:`Image.journal_name`). If that is not the one that is there,
+    that is an error if it is ``required``, else the image is taken as it is. Raises ReplfsError, OSError.
     """
     shown, whose = printable(path), printable(image.file.path)
-    journal = None
-    if image.journaled and os.path.exists(path):
-        journal = Journal.open(storage, path)
-    elif image.journaled and required:
+    journal = Journal.open(storage, path) if image.journal_name and os.path.exists(path) else None
+    if journal is not None and journal.name != image.journal_name:
+        journal.file.close()
+        journal = None
+    if journal is None and image.journal_name and required:
         raise ReplfsError(f"{shown} is missing: it is the journal of {whose}, which may lack changes without it", errno.ENOENT)
-    elif keep and image.version >= 3:  # version 2 has no place to say that there is one
-        if image.journaled:
-            logger.warning("%s was not closed well, and its journal %s is gone: it is taken as it is", whose, shown)
+    if journal is None and keep and image.version >= 3:  # version 2 has no place to say that there is one
+        if image.journal_name:
+            logger.warning("%s was not closed well, and %s is not its journal: it is taken as it is", whose, shown)
         elif _has_records(storage, path):
             logger.warning("%s was written to by another program since replfs was killed: it is taken as it is", whose)
-        journal = Journal.create(storage, path)
+        name = AUTOCLEAR_JOURNAL if required else AUTOCLEAR_JOURNAL | secrets.randbits(31) << 32
+        journal = Journal.create(storage, path, name)
         storage.sync_directory(os.path.dirname(path))
     if keep or journal is not None:
         await image.defer(journal, append_only=append_only)

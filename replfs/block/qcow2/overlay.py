@@ -44,7 +44,7 @@ def create_overlay(
             file.write(offset, data)
         file.sync_now()
         if journal is not None:
-            Journal.create(storage, journal).file.close()
+            Journal.create(storage, journal, AUTOCLEAR_JOURNAL).file.close()
     except BaseException:
         storage.unlink(path)
         raise
@@ -68,7 +68,7 @@ def is_blank_overlay(
             file.sync_now()
         finally:
             file.close()
-        return journal is None or Journal.is_blank(storage, journal)
+        return journal is None or Journal.is_blank(storage, journal, AUTOCLEAR_JOURNAL)
     except (OSError, ReplfsError):
         return False
 
