@@ -237,15 +237,7 @@ async def cut(case: Case, scenario: Scenario, full: bool, tally: Callable[[str, 
 
 
 @pytest.mark.parametrize("disk", DISKS)
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        # Once in some 25 runs on a busy machine it finds a difference that is not understood yet: see docs/architecture.md.
-        pytest.param(scenario, marks=pytest.mark.full_only if scenario is checkpoints_under_load else ())
-        for scenario in SECONDARY
-    ],
-    ids=[scenario.__name__ for scenario in SECONDARY],
-)
+@pytest.mark.parametrize("scenario", SECONDARY, ids=lambda scenario: scenario.__name__)
 async def test_a_secondary(root: Path, scenario: Scenario, disk: str, full: bool, tally: Callable[[str, int], None]) -> None:
     case = case_on(root, scenario.__name__, disk, start=scenario is not start)
     await cut(case, scenario, full, tally, 50, 400)
