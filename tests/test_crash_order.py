@@ -235,21 +235,34 @@ async def test_a_sync_that_fails_at_the_end_is_remembered(tmp_path: Path) -> Non
             await checkpoint(volume)
 
 
-async def test_a_write_that_is_torn_does_not_take_what_was_there_with_it(tmp_path: Path) -> None:
-    """A write over data that was not committed yet fails in the middle of a unit: all else that was acknowledged stays."""
+@pytest.mark.parametrize("unreadable", [False, True], ids=["", "and cannot be read"])
+async def test_a_write_that_is_torn_does_not_take_what_was_there_with_it(tmp_path: Path, unreadable: bool) -> None:
+    """A write over data that was not committed yet fails in the middle of a unit: all else that was acknowledged stays.
+
+    Also if what it has left cannot be read at first: it is tried again.
+    """
     folder = tmp_path / "a"
     image = await overlay(folder)
     await image.write(0, b"A" * 16384)
-    plain = image.data.write
+    plain, read_now = image.data.write, image.data.read_now
 
     def torn(offset: int, data: Any) -> None:
         plain(offset, data[:700])
+        if unreadable:
+            image.data.read_now = unread  # type: ignore[method-assign]
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def unread(offset: int, length: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     image.data.write = torn  # type: ignore[method-assign]
     with pytest.raises(OSError, match="Input/output error"):
         await image.write(2048, b"B" * 4096)
     image.data.write = plain  # type: ignore[method-assign]
+    image.data.read_now = read_now  # type: ignore[method-assign]
+    if unreadable:
+        assert image.changes is not None
+        await image.changes.close()
     dies(image)
     image = await overlay(folder)
     assert same(bytes(await image.read(0, 16384)), b"A" * 2048 + b"B" * 700 + b"A" * (16384 - 2748))

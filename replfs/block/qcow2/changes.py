@@ -23,6 +23,7 @@ reads the image finds them; the records are retired only when the entries are du
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -64,6 +65,7 @@ class Changes:
         self._watched: dict[int, int] = {}  # clusters of the data file, with the number of the last record about them
         self._freed: list[tuple[int, int]] = []  # (first cluster, how many) to count once less
         self._released: list[tuple[int, int]] = []  # (offset, length) to give back to the file system, and then to free
+        self._torn: list[tuple[int, int, int]] = []  # (start, stop, host) of failed writes that the journal knows nothing of yet
         self._lock = trio.Lock()
 
     # Taking notes
@@ -91,6 +93,8 @@ class Changes:
         """
         if self.journal is None:
             return
+        if self._torn:
+            self._tell_torn()
         unit = self.unit
         first, last = start & -unit, stop + -stop % unit
         host += first - start
@@ -103,13 +107,25 @@ class Changes:
             self._watched[cluster] = self.journal.number
 
     def torn(self, start: int, stop: int, host: int) -> None:
-        """A write over bytes ``start .. stop`` of the disk, which lie at ``host``, has failed: whatever is there now is right."""
+        """A write over bytes ``start .. stop`` of the disk, which lie at ``host``, has failed: whatever is there now is right.
+
+        Until the next commit the journal has to say so, or records about the same place would not count after a kill. Where that
+        fails as well, it is tried again.
+        """
         if self.journal is not None:
             unit = self.unit
             first, last = start & -unit, stop + -stop % unit
-            host += first - start
-            content = self._data.read_now(host, last - first).ljust(last - first, b"\0")
-            self.journal.append(Change.CONTENT, first, last, host, hashes(content, unit))
+            self._torn.append((first, last, host + first - start))
+            self._tell_torn()
+
+    def _tell_torn(self) -> None:
+        assert self.journal is not None
+        with suppress(OSError, Full):
+            while self._torn:
+                first, last, host = self._torn[-1]
+                content = self._data.read_now(host, last - first).ljust(last - first, b"\0")
+                self.journal.append(Change.CONTENT, first, last, host, hashes(content, self.unit))
+                self._torn.pop()
 
     def zero(self, start: int, stop: int, keep: bool) -> None:
         """Bytes ``start .. stop`` of the disk are about to become zero. Raises Full, OSError."""
@@ -159,7 +175,10 @@ class Changes:
             if not self.pending or self._closed:
                 return
             journal = self.journal
+            if self._torn:
+                self._tell_torn()
             through = journal.number if journal is not None else 0
+            torn_before = set(self._torn)
             freed, self._freed = self._freed, []
             released, self._released = self._released, []
             try:
@@ -179,6 +198,7 @@ class Changes:
                 raise
             self._tables.end_commit()
             self._hardened = through
+            self._torn = [torn for torn in self._torn if torn not in torn_before]
             self._watched = {cluster: number for cluster, number in self._watched.items() if number > through}
             while freed:
                 try:
@@ -201,6 +221,8 @@ class Changes:
         """Wait for a commit that is under way; there are no others."""
         async with self._lock:
             self._closed = True
+            if self._torn:
+                self._tell_torn()
 
     async def settle(self) -> None:
         """Give back what is to be given back, unless a commit will do so. Raises OSError."""

@@ -15,7 +15,6 @@ import array
 import errno
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Final
 
 import trio
@@ -440,8 +439,7 @@ class Image(Node):
                 self.data.write(host + low - (cluster << bits), part)
             except (OSError, Full):
                 if in_place:
-                    with suppress(OSError, Full):  # then what was written here since the last commit is safe only after the next
-                        self.changes.torn(position, until, host + position - (cluster << bits))
+                    self.changes.torn(position, until, host + position - (cluster << bits))
                 elif not self._external:
                     self.changes.free(host >> bits, count)
                 raise
