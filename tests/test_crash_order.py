@@ -269,6 +269,29 @@ async def test_a_write_that_is_torn_does_not_take_what_was_there_with_it(tmp_pat
     dies(image)
 
 
+async def test_a_write_that_fails_does_not_show_what_it_did_not_write(tmp_path: Path) -> None:
+    """It finds no room for new subclusters of a cluster that is there: these are as before, not the hole that it has left."""
+    folder = tmp_path / "a"
+    image = await overlay(folder)
+    before = bytes(await image.read(0, 3 * SUBCLUSTER))
+    assert any(before)
+    await image.write(SUBCLUSTER, b"A" * SUBCLUSTER)
+    plain = image.data.write
+
+    def refused(offset: int, data: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    image.data.write = refused  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="No space"):
+        await image.write(0, b"B" * 3 * SUBCLUSTER)
+    image.data.write = plain  # type: ignore[method-assign]
+    dies(image)
+    image = await overlay(folder)
+    expected = before[:SUBCLUSTER] + b"A" * SUBCLUSTER + before[2 * SUBCLUSTER :]
+    assert same(bytes(await image.read(0, 3 * SUBCLUSTER)), expected)
+    dies(image)
+
+
 async def test_what_is_given_up_during_a_commit_is_not_given_back_by_it(tmp_path: Path) -> None:
     """The tables still lead to it, so a power cut would find a hole, or what somebody else has put there."""
     image = await disk(tmp_path / "a")

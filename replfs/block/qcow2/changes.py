@@ -107,7 +107,7 @@ class Changes:
             self._watched[cluster] = self.journal.number
 
     def torn(self, start: int, stop: int, host: int) -> None:
-        """A write over bytes ``start .. stop`` of the disk, which lie at ``host``, has failed: whatever is there now is right.
+        """A write over bytes ``start .. stop`` of the disk, which were data at ``host``, has failed: what is there now is right.
 
         Until the next commit the journal has to say so, or records about the same place would not count after a kill. Where that
         fails as well, it is tried again.

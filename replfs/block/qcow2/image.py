@@ -439,7 +439,8 @@ class Image(Node):
                 self.data.write(host + low - (cluster << bits), part)
             except (OSError, Full):
                 if in_place:
-                    self.changes.torn(position, until, host + position - (cluster << bits))
+                    for held in self._held(old, cluster, position, until):
+                        self.changes.torn(held.start, held.stop, held.host)
                 elif not self._external:
                     self.changes.free(host >> bits, count)
                 raise
@@ -448,6 +449,15 @@ class Image(Node):
                 if not in_place:
                     self._let_go(old)
             position = until
+
+    def _held(self, words: "array.array[int]", cluster: int, start: int, stop: int) -> list[Range]:
+        """The parts of a range that are data, by the entries from ``cluster`` on."""
+        found: list[Range] = []
+        for i in range(0, len(words), self._words):
+            base = cluster + i // self._words << self._cluster_bits
+            bitmap = words[i + 1] if self._words == 2 else 0
+            self._entries.split(found, words[i], bitmap, max(start, base), min(stop, base + self._cluster))
+        return [part for part in found if part.kind is Kind.DATA]
 
     def _check_entries(self, table: "array.array[int]", at: int, count: int, cluster: int) -> None:
         """Before they are changed, or what they lead to: the entries from ``at`` on, of the disk's ``cluster`` on.
