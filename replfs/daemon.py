@@ -181,6 +181,7 @@ class _Service:
         self._watchdog = watchdog
         self._on_ready = on_ready
         self._beginning = trio.CancelScope()
+        self._ending = False  # a signal has come
 
     async def run(self, background: trio.Nursery) -> None:
         """Until the unmount or a signal. What a person is to be told is in ``failure`` afterwards."""
@@ -196,7 +197,8 @@ class _Service:
                 self._on_ready()
                 self.begun = True
             if self.begun:
-                await _serve_mount()
+                if not self._beginning.cancel_called:  # which may have come too late to end the start
+                    await _serve_mount()
                 await self._volume.settle()
             else:
                 self.failure = ReplfsError("interrupted before the file could be used", errno.EINTR)
@@ -217,12 +219,13 @@ class _Service:
 
         That may need the kernel's requests served. So does having the kernel write back what mappings have changed.
         """
-        ending = False
         async for _ in signals:
-            if ending or not self.begun:
+            if self._ending:
+                continue
+            self._ending = True
+            if not self.begun:
                 self._beginning.cancel()
                 continue
-            ending = True
             async with self._volume.control_lock:
                 try:
                     await self._volume.drop_cache()

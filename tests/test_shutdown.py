@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import cycle, islice
@@ -209,3 +210,32 @@ def test_an_unmount_under_load_over_the_network_loses_nothing(
             side.mount()
             secondary.settle(crowd)
     tally("signal", rounds)
+
+
+SIGNALLED_AT_THE_END_OF_THE_START = """
+import os, signal, threading, time
+from replfs.cli.main import main
+from replfs.volume.state import StateDirectory
+
+plain = StateDirectory.remove_leftovers
+
+
+def signalled(self, *keep):
+    plain(self, *keep)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+
+
+StateDirectory.remove_leftovers = signalled
+main()
+"""
+
+
+def test_a_signal_in_the_last_moment_of_the_start_is_not_lost(sides: Sides) -> None:
+    """While the start waits for a thread, after which it never waits again."""
+    side = sides.secondary(SIZE)
+    side.umount()
+    command = [sys.executable, "-c", SIGNALLED_AT_THE_END_OF_THE_START, side.mode, side.disk, side.point, *side.arguments, "-f"]
+    done = run(*command, check=False, timeout=SOON, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, capture_output=False)
+    assert "ended: the stage is running" in done.stdout or "interrupted before" in done.stdout, done.stdout
+    assert not is_mounted(side.point)
