@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import msgspec
 
-from replfs.block.replication.rules import Mode, Operation
+from replfs.block.replication.rules import Mode, Operation, Resyncing, Verification, Verifying
 from replfs.errors import ReplfsError, printable
+from replfs.protocol.nbd.uri import Target, is_local, parse_uri
 from replfs.volume.base import Volume
 
 PREFIX: Final = "user.replfs."
@@ -39,11 +40,14 @@ def get(volume: Volume, name: str) -> bytes:
 async def put(volume: Volume, name: str, value: bytes) -> None:
     """Carry out the operation that an attribute stands for. Raises ReplfsError: EOPNOTSUPP no such control, EINVAL wrong value."""
     try:
+        if name == PREFIX + "target":
+            volume.successor_target = _target(volume, value)
+            return
         operation = _operation(name)
-        mode = _mode(value) if operation is Operation.START else None
+        argument = _ARGUMENTS[operation](value) if operation in _ARGUMENTS else None
     except ReplfsError as error:
         raise volume.failed(printable(name), error) from None
-    await volume.control(operation, mode)
+    await volume.control(operation, argument)
 
 
 def _operation(name: str) -> Operation:
@@ -53,9 +57,48 @@ def _operation(name: str) -> Operation:
         raise ReplfsError(f"there is no control {printable(name)}", errno.EOPNOTSUPP) from None
 
 
-def _mode(value: bytes) -> Mode:
+def _target(volume: Volume, value: bytes) -> tuple[Target, bool]:
+    """``NBD-URI [discard-remote]``. Raises ReplfsError."""
+    uri, _, more = value.decode(errors="backslashreplace").partition(" ")
     try:
-        return Mode(value.decode())
-    except ValueError:
-        shown = printable(value[:100].decode(errors="backslashreplace"), 40)
-        raise ReplfsError(f"start takes the value primary or secondary, not {shown!r}", errno.EINVAL) from None
+        target = parse_uri(uri)
+    except ReplfsError as error:
+        raise ReplfsError(str(error), errno.EINVAL) from None
+    if more not in ("", "discard-remote"):
+        raise ReplfsError(f"a target is an NBD URI, and discard-remote may follow, not {printable(more, 40)!r}", errno.EINVAL)
+    if not volume.config.plaintext and not is_local(target.address):
+        raise ReplfsError(
+            f"{printable(str(target.address))} is beyond this machine, and the data would go there unencrypted: use a tunnel, or"
+            " mount with --plaintext",
+            errno.EINVAL,
+        )
+    return target, bool(more)
+
+
+def _one_of(kind: type[Mode] | type[Resyncing], operation: Operation) -> Callable[[bytes], Mode | Resyncing]:
+    def parse(value: bytes) -> Mode | Resyncing:
+        try:
+            return kind(value.decode())
+        except ValueError:
+            shown = printable(value[:100].decode(errors="backslashreplace"), 40)
+            raise ReplfsError(f"{operation} takes the value {' or '.join(kind)}, not {shown!r}", errno.EINVAL) from None
+
+    return parse
+
+
+def _verification(value: bytes) -> Verification:
+    what, _, rate = value.decode(errors="backslashreplace").partition(" ")
+    if what not in list(Verifying) or not (not rate or (rate.isascii() and rate.isdigit() and len(rate) < 16)):
+        raise ReplfsError(
+            f"verify takes the value {' or '.join(Verifying)}, and the bytes a second may follow, not {printable(what, 40)!r}",
+            errno.EINVAL,
+        )
+    return Verification(Verifying(what), int(rate or 0))
+
+
+_ARGUMENTS: Final[dict[Operation, Callable[[bytes], Mode | Resyncing | Verification]]] = {
+    Operation.START: _one_of(Mode, Operation.START),
+    Operation.RESYNC: _one_of(Resyncing, Operation.RESYNC),
+    Operation.VERIFY: _verification,
+}
+"""What becomes of the values of those that have one that matters."""

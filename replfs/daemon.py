@@ -147,10 +147,11 @@ async def serve(
                 background.cancel_scope.cancel()
             try:
                 if service.begun:
-                    await volume.close()
-                    logger.info("ended: the stage is %s, the generation %d", volume.state.stage, volume.state.generation)
+                    await service.volume.close()
+                    state = service.volume.state
+                    logger.info("ended: the stage is %s, the generation %d", state.stage, state.generation)
                 else:
-                    await volume.abandon()
+                    await service.volume.abandon()
             except ReplfsError as error:
                 service.failure = error
             receiving.cancel_scope.cancel()
@@ -174,7 +175,7 @@ class _Service:
     ) -> None:
         self.begun = False
         self.failure: ReplfsError | None = None
-        self._volume = volume
+        self.volume: Volume = volume
         self._config = config
         self._export = FuseExport(volume, settings)
         self._settings = settings
@@ -188,18 +189,19 @@ class _Service:
         mounted = False
         try:
             with self._beginning:
-                await self._volume.connect(background)
+                await self.volume.connect(background)
                 mount.mount(self._export, self._config, self._settings)
                 mounted = True
                 self._watchdog.guard(self._config.mountpoint)
-                await self._volume.begin(background)
-                self._volume.drop_cache = self._export.drop_cache
+                await self.volume.begin(background)
+                self.volume.drop_cache = self._export.drop_cache
+                self.volume.on_succession = self._succeed
                 self._on_ready()
                 self.begun = True
             if self.begun:
                 if not self._beginning.cancel_called:  # which may have come too late to end the start
                     await _serve_mount()
-                await self._volume.settle()
+                await self.volume.settle()
             else:
                 self.failure = ReplfsError("interrupted before the file could be used", errno.EINTR)
         except ReplfsError as error:
@@ -214,6 +216,10 @@ class _Service:
         if mounted:
             pyfuse3.close(unmount=True)
 
+    def _succeed(self, successor: Volume) -> None:
+        self.volume = successor
+        self._export.serve(successor)
+
     async def end_on_signal(self, signals: AsyncIterator[int]) -> None:
         """SIGTERM and SIGINT: give the start up, or end the service, but never during a control operation.
 
@@ -226,10 +232,10 @@ class _Service:
             if not self.begun:
                 self._beginning.cancel()
                 continue
-            async with self._volume.control_lock:
+            async with self.volume.control_lock:
                 try:
-                    await self._volume.drop_cache()
+                    await self.volume.drop_cache()
                 except OSError as error:
                     logger.warning("what mappings have changed could not be written back: %s", error)
-            await self._volume.settle()
+            await self.volume.settle()
             pyfuse3.terminate()

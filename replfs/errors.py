@@ -21,6 +21,10 @@ class InUse(ReplfsError):
         super().__init__(message, errno.EBUSY)
 
 
+class Unreachable(ReplfsError):
+    """The other side does not answer, for now."""
+
+
 def printable(text: str, limit: int = 400) -> str:
     """Text from an image, the network or a file name, safe to print on one line of a terminal.
 

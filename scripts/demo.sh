@@ -203,7 +203,9 @@ head -c 40000000 /dev/urandom >own
 
 say "2. A secondary, and a primary that forwards to it through a unix socket: both sides are mounted."
 $AT_MOST replfs secondary secondary.$format secondary --format $format --listen unix:nbd.sock </dev/null >>"$log" 2>&1
-$AT_MOST replfs primary primary.$format primary --format $format --target 'nbd+unix:///disk?socket=nbd.sock' </dev/null >>"$log" 2>&1
+$AT_MOST replfs primary primary.$format primary --format $format --target 'nbd+unix:///disk?socket=nbd.sock' --protocol sync \
+    --initial-sync verify </dev/null >>"$log" 2>&1
+$AT_MOST replfs resync --wait primary
 processes="$(process secondary) $(process primary)"
 near=primary/disk.img
 far=secondary/disk.img

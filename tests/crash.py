@@ -46,6 +46,7 @@ from volumes import config
 
 from replfs.block.node import Node
 from replfs.block.replication.rules import Mode, Operation, Stage
+from replfs.block.tracking import BLOCK
 from replfs.errors import ReplfsError
 from replfs.protocol.nbd.uri import Target, UnixAddress
 from replfs.volume.primary import PrimaryVolume
@@ -733,8 +734,8 @@ class Model:
         self.worlds: dict[World, Versions | None] = {now: view}
         self.version = 0
         """Changes when fewer results are allowed than before."""
-        self.may_differ = False
-        """A primary's copy, from the saved state's point of view."""
+        self.copy: bytes | None = None
+        """What a primary's copy held when it was linked, until the primary is closed: what differs from that is out of sync."""
         self._fresh: list[Versions] = []  # views that are not in use yet, as far as is known
         self._mixed = False  # a failover is under way: the disk becomes the view
         self._flushes: dict[int, list[tuple[Versions, dict[int, int]]]] = {}
@@ -863,11 +864,11 @@ class Model:
         self.version += 1
         self.worlds = {(Stage.RUNNING, 0): self.worlds[self.now]}
         self.now = Stage.RUNNING, 0
-        self.may_differ = True
+        self.copy = bytes(self.disk.content)
 
     def closing(self) -> None:
         """The volume is about to be closed well."""
-        self.may_differ = False
+        self.copy = None
 
     def commit_failed(self) -> None:
         self.worlds[Stage.FAILOVER_FAILED, self.now[1]] = self.worlds[self.now]
@@ -897,8 +898,10 @@ class Model:
         if found.saved not in self.worlds:
             stages = " or ".join(f"{stage} {generation}" for stage, generation in self.worlds)
             raise Violation(f"the saved stage and generation are {found.saved[0]} {found.saved[1]} instead of {stages}")
-        if self.may_differ and found.saved[0] is Stage.RUNNING and not found.error:
-            raise Violation("a primary that was not closed well says that it was")
+        if self.copy is not None and found.saved[0] is Stage.RUNNING:
+            for block, start in enumerate(range(0, len(self.copy), BLOCK)):
+                if self.copy[start : start + BLOCK] != found.disk[start : start + BLOCK] and block not in found.stale:
+                    raise Violation(f"block {block} of the primary was changed, and is not out of sync")
         view = self.worlds[found.saved]
         if found.saved[0] in (Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE) and found.disk != found.view:
             raise Violation("after a failover or stop the disk is not the view")
@@ -915,7 +918,7 @@ class Outcome:
     """What a restart found. ``disk``: when it was at rest."""
 
     saved: World
-    error: bool
+    stale: frozenset[int]
     view: bytes
     disk: bytes
 
@@ -935,7 +938,8 @@ class Setup:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def volume(self, storage: FaultyStorage, start: bool | None = None) -> SecondaryVolume | PrimaryVolume:
-        side = {"target": Target(UnixAddress(str(self.root / "t.sock")), "disk")} if self.mode is Mode.PRIMARY else {}
+        target = Target(UnixAddress(str(self.root / "t.sock")), "disk")
+        side = {"target": target, "initial_sync": "none"} if self.mode is Mode.PRIMARY else {}
         settings = config(
             self.root,
             self.mode,
@@ -1278,8 +1282,9 @@ async def restart(case: Case, use: bool, seed: int) -> tuple[Outcome, Log, Calla
 async def _restart(setup: Setup, storage: FaultyStorage, use: bool, seed: int) -> tuple[Outcome, Callable[[], Model]]:
     volume = setup.volume(storage, setup.mode is Mode.SECONDARY)
     saved = volume.state.stage, volume.state.generation
-    error = volume.state.error
     async with mounted(volume, storage):
+        assert volume.tracking is not None
+        stale = frozenset(volume.tracking.stale)
         view = await everything(volume.view)
         if isinstance(volume, SecondaryVolume) and saved[0] in (Stage.FAILOVER, Stage.FAILOVER_FAILED):
             if saved[0] is Stage.FAILOVER_FAILED:
@@ -1306,7 +1311,7 @@ async def _restart(setup: Setup, storage: FaultyStorage, use: bool, seed: int) -
             driver._volume = volume
             driver.mark("resumed")
             await use_again(driver, seed)
-    return Outcome(saved, error, view, disk), make_model
+    return Outcome(saved, stale, view, disk), make_model
 
 
 async def use_again(driver: Driver, seed: int) -> None:

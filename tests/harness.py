@@ -22,6 +22,8 @@ import pytest
 
 REPLFS = str(Path(sys.executable).with_name("replfs"))
 SECONDS = 60
+LINK_LOST = ["the link (to .* )?is (given up|lost)", "no link"]
+"""What a primary logs whose secondary goes away."""
 
 
 def run(*command: str | Path, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -83,6 +85,10 @@ class Side:
 
     def until_stage(self, stage: str) -> None:
         wait_for(lambda: self.get("stage") == stage, f"stage {stage}")
+
+    def until_connected(self) -> None:
+        """A primary's copies agree."""
+        wait_for(lambda: self.status()["link"]["state"] == "connected", "the link")
 
     def content(self) -> bytes:
         return self.file.read_bytes()
@@ -146,9 +152,11 @@ class Sides:
         return side
 
     def primary(self, disk: bytes | int | Path, *more: str | Path) -> Side:
-        """A mounted primary that forwards to ``socket``."""
-        side = self.make("primary", disk, "--target", f"nbd+unix:///disk?socket={self.socket}")
+        """A mounted primary that is linked to ``socket``, whose disk is the same already; what it answers is there, too."""
+        target = f"nbd+unix:///disk?socket={self.socket}"
+        side = self.make("primary", disk, "--target", target, "--protocol", "sync", "--initial-sync", "none")
         side.mount(*more)
+        side.until_connected()
         return side
 
 

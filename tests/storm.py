@@ -562,7 +562,7 @@ class Secondary:
         crowd.write_disk(self.socket, 1, 6)
         return crowd
 
-    def reach(self, crowd: Crowd, aim: str, rng: random.Random) -> None:
+    def reach(self, crowd: Crowd, aim: str, rng: random.Random, checkpoints: int = 1000) -> None:
         """Let it come to the instant that this round is to hit, under load.
 
         Among ``writes``, in a ``checkpoint``, in a ``failover``, or when that is ``done``; any will do before a ``resume``.
@@ -573,7 +573,7 @@ class Secondary:
                 at_random(rng, 0.3)
             case "checkpoint":
                 number = rng.randrange(1, 8)
-                crowd.take_checkpoints(self.side.file, 1000, rng.choice((0, 0.02)))
+                crowd.take_checkpoints(self.side.file, checkpoints, rng.choice((0, 0.02)))
                 wait_for(lambda: len(crowd.operations()[0]) >= number, "a checkpoint")
                 at_random(rng, 0.03)
             case "failover" | "resume":
@@ -613,7 +613,7 @@ class Secondary:
             assert not any(failover.acknowledged < change.begun and change.done for change in disk.all), "a write behind the fence"
         self.expected.settle_view(self.side.content(), view, disk, checkpoints[done - 1] if done else None, cut)
         if status["stage"] == "running":
-            self.expected.settle_disk(self._disk_content(), disk, cut)
+            self.expected.settle_disk(self.disk_content(), disk, cut)
         else:
             self._settle_done()
         return str(status["stage"])
@@ -625,7 +625,7 @@ class Secondary:
             assert not problem or image not in counting, f"{image}: {problem}"
         self._problems = {}
 
-    def _disk_content(self) -> bytes:
+    def disk_content(self) -> bytes:
         """Over NBD, and if it is raw, as it is in the file."""
         nbd = Nbd(str(self.socket))
         content = nbd.content()
@@ -636,7 +636,7 @@ class Secondary:
     def _settle_done(self) -> None:
         """The failover goes on to its end; its disk is what its view was. Then it is started over."""
         self.side.until_stage("done")
-        assert self.side.content() == self._disk_content() == self.expected.view
+        assert self.side.content() == self.disk_content() == self.expected.view
         self.start_over()
 
     def start_over(self, other: Path | None = None) -> None:

@@ -164,13 +164,19 @@ def test_a_listen_address_in_use(place: Path) -> None:
     assert "is not a socket" in refused(place, place / "good.raw", place / "mnt", "--listen", f"unix:{place}/good.raw")
 
 
-def test_a_target_that_refuses(place: Path) -> None:
+def test_a_target_that_is_not_there_is_told_of_and_waited_for(sides: Sides) -> None:
+    near = sides.make("primary", MIB)
+    near.expected = ["Connection refused", "No such file"]
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        uri = f"nbd://127.0.0.1:{unused.getsockname()[1]}/disk"
-        assert "Connection refused" in refused(place, place / "good.raw", place / "mnt", "--target", uri, side="primary")
-    uri = f"nbd+unix:///disk?socket={place}/nobody"
-    assert "No such file" in refused(place, place / "good.raw", place / "mnt", "--target", uri, side="primary")
+        targets = f"nbd://127.0.0.1:{unused.getsockname()[1]}/disk", f"nbd+unix:///disk?socket={sides.folder}/nobody"
+        for target, why in zip(targets, near.expected, strict=True):
+            done = replfs("primary", near.disk, near.point, "--target", target)
+            assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+            assert why in done.stderr
+            assert "going on alone until it is there" in done.stderr
+            assert "connecting" in replfs("status", near.point).stdout
+            near.umount()
 
 
 def test_a_target_of_another_size_or_name(place: Path, sides: Sides) -> None:
@@ -354,7 +360,7 @@ def test_status_for_people_and_for_programs(sides: Sides) -> None:
         lines = replfs("status", side.point).stdout.splitlines()
         assert len({len(re.match(r"[a-z ]+: *", line)[0]) for line in lines}) == 1  # type: ignore[index]
         assert any(line.split(":")[1].strip() == "3 MiB" for line in lines)
-    assert "1 connection" in replfs("status", far.point).stdout
+    assert "3 connections" in replfs("status", far.point).stdout
     assert "connected" in replfs("status", near.point).stdout
 
 

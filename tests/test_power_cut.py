@@ -15,6 +15,7 @@ import pytest
 import trio
 from crash import SECTOR, Case, Driver, Explored, Scratch, Setup, explore, pattern, scratch_directory
 from harness import run
+from volumes import until_connected
 
 from replfs.block.raw import Raw
 from replfs.block.replication.rules import Mode, Operation
@@ -207,6 +208,7 @@ async def primary_that_forwards(driver: Driver) -> None:
         await server.listen(UnixAddress(str(driver.setup.root / "t.sock")))
         nursery.start_soon(server.serve)
         async with driver.mounted():
+            await until_connected(driver.volume)
             await some(driver, 18, 20, ("view",))
             await driver.check()
         nursery.cancel_scope.cancel()

@@ -11,7 +11,19 @@ from typing import Any, NamedTuple
 import pytest
 from crash import Violation, explore
 from faults import FaultyStorage, Lie
-from test_power_cut import Scenario, case_on, checkpoints, failover, primary_alone, resume, root, start, stop, writes
+from test_power_cut import (
+    Scenario,
+    case_on,
+    checkpoints,
+    failover,
+    primary_alone,
+    primary_that_forwards,
+    resume,
+    root,
+    start,
+    stop,
+    writes,
+)
 
 from replfs.block.file import File
 from replfs.block.qcow2.changes import Changes
@@ -100,6 +112,9 @@ RULES = {
         primary_alone, (Lie("durable", DISK),), "qcow2 512", Mode.PRIMARY, check=2
     ),
 }
+RULES["what may differ is known before it does"] = Rule(
+    primary_that_forwards, (Lie("sync", r"/tracking$"), Lie("durable", r"/tracking$")), mode=Mode.PRIMARY
+)
 HONEST = {(rule.scenario, rule.disk): name for name, rule in RULES.items()}
 """One rule for each scenario."""
 
@@ -108,7 +123,8 @@ async def cut(root: Path, name: str, rule: Rule, cuts: int, *, lying: bool) -> N
     def prepare(storage: FaultyStorage) -> None:
         storage.lies = [Lie(lie.kind, lie.path, lie.which) for lie in rule.lies] if lying else []
 
-    case = case_on(root, name, rule.disk, rule.mode, start=rule.scenario is not start and rule.mode is Mode.SECONDARY)
+    starts = rule.scenario is primary_that_forwards or (rule.scenario is not start and rule.mode is Mode.SECONDARY)
+    case = case_on(root, name, rule.disk, rule.mode, start=starts)
     case.prepare = prepare
     await case.record(rule.scenario)
     case.check_images = rule.check

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from disks import qemu_img
-from harness import Side, Sides, replfs, run, wait_for
+from harness import LINK_LOST, Side, Sides, replfs, run, wait_for
 from volumes import config
 
 from replfs.block.replication.rules import Mode
@@ -62,8 +62,11 @@ def secondary(sides: Sides, disk: Path, *, mounted: bool = True) -> Side:
 
 
 def primary(sides: Sides, disk: Path) -> Side:
-    side = sides.make("primary", disk, "--target", f"nbd+unix:///disk?socket={sides.socket}", "--format", "qcow2")
+    """Linked: what it answers is on both sides."""
+    target = f"nbd+unix:///disk?socket={sides.socket}"
+    side = sides.make("primary", disk, "--target", target, "--format", "qcow2", "--protocol", "sync", "--initial-sync", "none")
     side.mount()
+    side.until_connected()
     return side
 
 
@@ -98,7 +101,7 @@ def test_both_sides_replicate_qcow2_images(pair: tuple[Side, Side]) -> None:
     assert far.content() == bytes(view)
     active = far.status()["overlays"]["active"]["path"]
     assert on_disk(Path(active)) == bytes(view)
-    near.expected.append("is given up")
+    near.expected += LINK_LOST
     far.set("failover")
     far.until_stage("done")
     assert far.content() == on_disk(far.disk) == bytes(view)

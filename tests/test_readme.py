@@ -29,8 +29,11 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
 
 def test_every_option_and_file_that_the_readme_names_is_there() -> None:
     text = (ROOT / "README.md").read_text()
-    commands = (ROOT / "replfs/cli/main.py").read_text()
-    ours = "no-start|stop-on-unmount|plaintext|listen|target|state-dir|uid|gid|mode|wait|json|durability|foreground"
+    commands = "".join(path.read_text() for path in (ROOT / "replfs/cli").glob("*.py"))
+    ours = "no-start|stop-on-unmount|plaintext|listen|target|state-dir|uid|gid|mode|wait|json|durability|foreground|protocol|window"
+    ours += (
+        "|timeout|resync-rate|initial-sync|discard-remote|checkpoint-every|checkpoint-before|checkpoint-after|repair|pause|resume"
+    )
     for option in set(re.findall(rf"`[^`\n]*(--(?:{ours}))\b", text)):
         assert f'"{option}"' in commands
     for link in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -199,7 +199,7 @@ def test_an_unmount_under_load_over_the_network_loses_nothing(
     rounds = 15 if full else 2
     for _ in range(rounds):
         with secondary.writers(rng, view=False) as crowd:
-            secondary.reach(crowd, rng.choice(("checkpoint", "failover", "writes")), rng)
+            secondary.reach(crowd, rng.choice(("checkpoint", "failover", "writes")), rng, checkpoints=50)
             process = os.pidfd_open(side.pid)
             wait_for(lambda: run(*command, side.point, check=False).returncode == 0, "an unmount")
             ended, _, _ = select.select([process], [], [], 0 if command[0] == REPLFS else SOON)

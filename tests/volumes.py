@@ -11,6 +11,7 @@ from replfs.block.replication.rules import Mode, Operation, Stage
 from replfs.errors import ReplfsError
 from replfs.protocol.nbd.uri import Target, UnixAddress
 from replfs.volume.config import Config
+from replfs.volume.link import Condition
 from replfs.volume.primary import PrimaryVolume
 from replfs.volume.secondary import SecondaryVolume
 
@@ -84,6 +85,13 @@ async def until_stage(volume: SecondaryVolume, stage: Stage) -> None:
     """Let the others run until the stage is this one."""
     with trio.fail_after(60):
         while volume.state.stage is not stage:
+            await trio.lowlevel.checkpoint()
+
+
+async def until_connected(volume: PrimaryVolume) -> None:
+    """Let the others run until the copies agree."""
+    with trio.fail_after(60):
+        while volume.link.condition is not Condition.CONNECTED:
             await trio.lowlevel.checkpoint()
 
 

@@ -5,23 +5,23 @@ watches the time. Callers only queue requests and wait for replies, any number a
 Cancelling a caller leaves the stream whole: a request that has not been sent is withdrawn, one that has been sent is answered
 to nobody.
 
-The link is given up when it breaks, when the server breaks the protocol, and when the server leaves any request unanswered for
-``timeout`` seconds: every request under way then fails (``ETIMEDOUT`` for the silence, else ``ECONNRESET``), every later one with
-``ENOTCONN``, and ``link_error`` says why. A link that is given up stays so. An error that the server replies with fails its
-request only.
+The link is given up when it breaks, when the server breaks the protocol, and when the server is silent: it neither takes nor sends
+a byte for ``timeout`` seconds while a request is under way, or leaves one unanswered for :data:`PATIENCE` times as long. Every
+request under way then fails (``ETIMEDOUT`` for the silence, else ``ECONNRESET``), every later one with ``ENOTCONN``, and
+``link_error`` says why. A link that is given up stays so. An error that the server replies with fails its request only.
 """
 
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
 from replfs.block.node import Data, Extent, Node
-from replfs.errors import ReplfsError, printable
+from replfs.errors import ReplfsError, Unreachable, printable
 from replfs.protocol.nbd import wire
 from replfs.protocol.nbd.client import ExportInfo, Negotiation, Refused, Reply, Transmission
 from replfs.protocol.nbd.uri import Target, UnixAddress
@@ -31,21 +31,33 @@ logger = logging.getLogger(__name__)
 
 _RECEIVE_SIZE: Final = 64 << 10
 _SEND_SIZE: Final = 1 << 20  # bytes after which queued requests wait for the next send
+_SEND_PIECE: Final = 256 << 10  # bytes: that so many were taken is a sign of life
+PATIENCE: Final = 6
 _MAX_STATUS: Final = 1 << 30  # bytes that one BLOCK_STATUS asks for
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
-class _Call:
-    """A request, from when it is made until its reply."""
+class Call:
+    """A request, from when it is made until its reply. ``answered`` is called then, or when the link is given up instead."""
 
-    __slots__ = ("answered", "deadline", "error", "message", "reply")
+    __slots__ = ("answered", "cookie", "error", "made", "message", "reply")
 
-    def __init__(self, message: list[Data], deadline: float) -> None:
+    def __init__(self, cookie: int, message: list[Data], made: float, answered: "Callable[[Call], None]") -> None:
+        self.cookie = cookie
         self.message = message  # the header and the data; empty once sent
-        self.deadline = deadline
-        self.answered = trio.Event()
+        self.made = made
+        self.answered = answered
         self.reply: Reply | None = None
         self.error = 0  # errno, when the link was given up instead
+
+    def failure(self) -> OSError | None:
+        """Why it failed, None if it did not."""
+        if self.reply is None:
+            return OSError(self.error, os.strerror(self.error))
+        if self.reply.error:
+            number = wire.ERRNO_OF_ERROR[self.reply.error]
+            return OSError(number, self.reply.message or os.strerror(number))
+        return None
 
 
 class NbdTarget(Node):
@@ -55,14 +67,17 @@ class NbdTarget(Node):
         self.size = info.size
         self.connected = True
         self.link_error = ""
+        self.lost = trio.Event()
+        """Set once the link is given up or closed."""
         self._target = target
         self._info = info
         self._timeout = timeout
         self._stream = stream
         self._transmission = Transmission(info)
+        self._active = 0.0  # when the server last took or sent something
         # Both by cookie and in the order they were made, which is that of their deadlines too.
-        self._calls: dict[int, _Call] = {}
-        self._unsent: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
+        self._unsent: dict[int, Call] = {}
         self._sender = trio.lowlevel.ParkingLot()
         self._tasks = trio.CancelScope()
         self._finished = trio.Event()
@@ -71,24 +86,10 @@ class NbdTarget(Node):
     async def connect(cls, target: Target, *, timeout: float = 10.0, nursery: trio.Nursery) -> "NbdTarget":
         """Connect and negotiate within ``timeout`` seconds, which are each later request's limit, too.
 
-        Raises :class:`ReplfsError` if there is no server, no such export, or one that a primary cannot write to byte by byte.
+        Raises :class:`Unreachable` if there is no server, :class:`ReplfsError` if it has no such export, or one that a primary
+        cannot write to byte by byte.
         """
-        try:
-            with trio.fail_after(timeout):
-                stream = await _open(target)
-                try:
-                    info, rest = await _negotiate(stream, target)
-                except BaseException:
-                    stream.socket.close()
-                    raise
-        except trio.TooSlowError:
-            raise _unusable(target, f"it did not answer within {timeout:g} seconds") from None
-        except _GONE:
-            raise _unusable(target, "it closed the connection") from None
-        except (ProtocolError, Refused) as error:
-            raise _unusable(target, str(error)) from error
-        except OSError as error:
-            raise _unusable(target, f"{_why(error)}; is the secondary running there?") from error
+        stream, (info, rest) = await connected(target, timeout, _negotiate)
         self = cls(target, stream, info, timeout)
         nursery.start_soon(self._run, rest)
         return self
@@ -143,6 +144,21 @@ class NbdTarget(Node):
             self._disconnect(errno.ECONNRESET)
         await self._finished.wait()
 
+    @property
+    def largest(self) -> int:
+        """Bytes at most that one request may be about."""
+        return self._info.maximum_payload
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether the server has a request for them."""
+        return self._info.has(wire.NBD_FLAG_SEND_WRITE_ZEROES)
+
+    @property
+    def many(self) -> bool:
+        """Whether the server allows several connections at once: a flush on one covers all."""
+        return self._info.has(wire.NBD_FLAG_CAN_MULTI_CONN)
+
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The range, cut where the server's maximum payload demands it.
 
@@ -153,24 +169,38 @@ class NbdTarget(Node):
             yield start, min(self._info.maximum_payload, end - start)
 
     async def _call(self, kind: int, flags: int, offset: int, length: int, data: Data = b"") -> Reply:
+        event = trio.Event()
+        call = self._submit(kind, flags, offset, length, data, lambda _: event.set())
+        try:
+            await event.wait()
+        finally:
+            # Cancelled before it was sent: its data may change or go as soon as the caller has it back.
+            if self._unsent.pop(call.cookie, None) is not None and self._calls.pop(call.cookie, None) is not None:
+                self._transmission.forget(call.cookie)
+        if (failure := call.failure()) is not None:
+            raise failure
+        assert call.reply is not None
+        return call.reply
+
+    def submit_write(self, offset: int, data: Data, answered: Callable[[Call], None]) -> None:
+        """As :meth:`write`, of one piece, without waiting: ``answered`` is called with what became of it.
+
+        Raises OSError if the link was given up already; ``answered`` must not raise.
+        """
+        self._submit(wire.NBD_CMD_WRITE, 0, offset, len(data), data, answered)
+
+    def submit_zeroes(self, offset: int, length: int, may_unmap: bool, answered: Callable[[Call], None]) -> None:
+        """As :meth:`write_zeroes`, of one piece, in the manner of :meth:`submit_write`, if the server has :attr:`zeroes`."""
+        self._submit(wire.NBD_CMD_WRITE_ZEROES, 0 if may_unmap else wire.NBD_CMD_FLAG_NO_HOLE, offset, length, b"", answered)
+
+    def _submit(self, kind: int, flags: int, offset: int, length: int, data: Data, answered: Callable[[Call], None]) -> Call:
         if not self.connected:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         cookie, header = self._transmission.request(kind, flags, offset, length)
-        call = _Call([header, data], trio.current_time() + self._timeout)
+        call = Call(cookie, [header, data], trio.current_time(), answered)
         self._calls[cookie] = self._unsent[cookie] = call
         self._sender.unpark()
-        try:
-            await call.answered.wait()
-        finally:
-            # Cancelled before it was sent: its data may change or go as soon as the caller has it back.
-            if self._unsent.pop(cookie, None) is not None and self._calls.pop(cookie, None) is not None:
-                self._transmission.forget(cookie)
-        if call.reply is None:
-            raise OSError(call.error, os.strerror(call.error))
-        if call.reply.error:
-            number = wire.ERRNO_OF_ERROR[call.reply.error]
-            raise OSError(number, call.reply.message or os.strerror(number))
-        return call.reply
+        return call
 
     async def _run(self, rest: bytes) -> None:
         try:
@@ -198,7 +228,14 @@ class NbdTarget(Node):
                     message += call.message
                     size += len(call.message[1])
                     call.message = []
-                await self._stream.send_all(b"".join(message))
+                data = b"".join(message)
+                if size <= _SEND_PIECE:
+                    await self._stream.send_all(data)
+                    continue
+                view = memoryview(data)
+                for at in range(0, len(view), _SEND_PIECE):
+                    await self._stream.send_all(view[at : at + _SEND_PIECE])
+                    self._active = trio.current_time()
         except _GONE:
             self._give_up("the connection broke", errno.ECONNRESET)
 
@@ -206,12 +243,15 @@ class NbdTarget(Node):
         try:
             while True:
                 for reply in self._transmission.receive(data):
-                    call = self._calls.pop(reply.cookie)
+                    call = self._calls.pop(reply.cookie, None)
+                    if call is None:
+                        return None  # what was done with an earlier reply has ended the link
                     call.reply = reply
-                    call.answered.set()
+                    call.answered(call)
                     if reply.error == wire.NBD_ESHUTDOWN:
                         return self._give_up("the server is shutting down", errno.ECONNRESET)
                 data = await self._stream.receive_some(_RECEIVE_SIZE)
+                self._active = trio.current_time()
                 if not data:
                     return self._give_up("the server closed the connection", errno.ECONNRESET)
         except ProtocolError as error:
@@ -221,10 +261,14 @@ class NbdTarget(Node):
 
     async def _watch(self) -> None:
         while True:
+            now = trio.current_time()
             oldest = next(iter(self._calls.values()), None)
-            deadline = trio.current_time() + self._timeout if oldest is None else oldest.deadline
-            if deadline <= trio.current_time():
-                self._give_up(f"a request was not answered within {self._timeout:g} seconds", errno.ETIMEDOUT)
+            deadline = now + self._timeout
+            if oldest is not None:
+                silent = max(self._active, oldest.made) + self._timeout
+                deadline = min(silent, oldest.made + PATIENCE * self._timeout)
+                if deadline <= now:
+                    self._give_up(f"a request was not answered within {now - oldest.made:.3g} seconds", errno.ETIMEDOUT)
             await trio.sleep_until(deadline)
 
     def _give_up(self, reason: str, error: int) -> None:
@@ -237,11 +281,36 @@ class NbdTarget(Node):
         self.connected = False
         self._stream.socket.close()
         self._tasks.cancel()
-        for call in self._calls.values():
+        calls, self._calls, self._unsent = self._calls, {}, {}
+        for call in calls.values():
             call.error = error
-            call.answered.set()
-        self._calls.clear()
-        self._unsent.clear()
+            call.answered(call)
+        self.lost.set()
+
+
+Agreed = TypeVar("Agreed")
+
+
+async def connected(
+    target: Target, timeout: float, negotiate: Callable[[trio.SocketStream, Target], Awaitable[Agreed]]
+) -> tuple[trio.SocketStream, Agreed]:
+    """Connect and negotiate within ``timeout`` seconds. Raises Unreachable; ReplfsError if what is there will not do."""
+    try:
+        with trio.fail_after(timeout):
+            stream = await _open(target)
+            try:
+                return stream, await negotiate(stream, target)
+            except BaseException:
+                stream.socket.close()
+                raise
+    except trio.TooSlowError:
+        raise _unreachable(target, f"it did not answer within {timeout:g} seconds") from None
+    except _GONE:
+        raise _unreachable(target, "it closed the connection") from None
+    except (ProtocolError, Refused) as error:
+        raise _unusable(target, str(error)) from error
+    except OSError as error:
+        raise _unreachable(target, f"{_why(error)}; is the secondary running there?") from error
 
 
 async def _open(target: Target) -> trio.SocketStream:
@@ -272,6 +341,10 @@ async def _negotiate(stream: trio.SocketStream, target: Target) -> tuple[ExportI
 
 def _unusable(target: Target, why: str) -> ReplfsError:
     return ReplfsError(f"cannot replicate to {printable(str(target))}: {why}")
+
+
+def _unreachable(target: Target, why: str) -> Unreachable:
+    return Unreachable(f"cannot replicate to {printable(str(target))}: {why}")
 
 
 def _why(error: OSError) -> str:

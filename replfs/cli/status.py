@@ -19,7 +19,7 @@ def show(status: dict[str, Any]) -> str:
         *(("backing", _file(file)) for file in status["backing"]),
         *([("", f"and {_count(status['more-backing'], 'more backing file')}")] if status["more-backing"] else []),
         *((name, _file(overlay)) for name, overlay in status.get("overlays", {}).items()),
-        ("listen", _listen(status)) if "listen" in status else ("target", _target(status)),
+        *([("listen", _listen(status))] if "listen" in status else _link(status)),
         ("durability", status["durability"]),
         *(("I/O errors", _errors(path, counts)) for path, counts in status["io-errors"].items()),
         ("state", status["state-dir"]),
@@ -37,8 +37,22 @@ def _listen(status: dict[str, Any]) -> str:
     return f"{status['listen']}, export {status['export']!r}, {_count(status['connections'], 'connection')}"
 
 
-def _target(status: dict[str, Any]) -> str:
-    return status["link-error"] or f"{status['target']}, {'connected' if status['connected'] else 'not connected'}"
+def _link(status: dict[str, Any]) -> list[tuple[str, str]]:
+    link = status["link"]
+    if not link:
+        return [("target", status["target"])]
+    state = link["state"] + (f", again in {link['retry-in']:g} s" if "retry-in" in link else "")
+    resync = link["resync"]
+    if resync["running"]:
+        state += f", {size(resync['left'])} of {size(resync['total'])} left"
+        if resync["seconds-left"] is not None:
+            state += f", {size(resync['rate'])}/s, about {resync['seconds-left']:.0f} s"
+    return [
+        ("target", f"{status['target']}, protocol {link['protocol']}"),
+        ("link", state),
+        *([("link error", status["link-error"])] if status["link-error"] else []),
+        ("out of sync", size(link["out-of-sync"])),
+    ]
 
 
 def _count(number: int, thing: str) -> str:

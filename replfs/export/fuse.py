@@ -66,8 +66,7 @@ class FuseExport(pyfuse3.Operations):
 
     def __init__(self, volume: Volume, mount: MountConfig) -> None:
         super().__init__()
-        self._volume = volume
-        self._view = volume.view
+        self.serve(volume)
         self._name = os.fsencode(volume.config.name)
         self._read_only = mount.read_only
         self._owner = os.getuid()
@@ -77,6 +76,11 @@ class FuseExport(pyfuse3.Operations):
             _FILE: self._entry(_FILE, stat.S_IFREG | mount.mode, self._view.size, mount, now),
         }
         self._attributes[_ROOT].st_nlink = 2
+
+    def serve(self, volume: Volume) -> None:
+        """Serve this volume from now on, which shows the same."""
+        self._volume = volume
+        self._view = volume.view
 
     @staticmethod
     def _entry(inode: pyfuse3.InodeT, mode: int, size: int, mount: MountConfig, now: int) -> pyfuse3.EntryAttributes:

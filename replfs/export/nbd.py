@@ -21,8 +21,9 @@ import secrets
 import socket
 import stat
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -32,6 +33,7 @@ from replfs.protocol.nbd import wire
 from replfs.protocol.nbd.server import GREETING, Export, Handshake, Phase, Transmission
 from replfs.protocol.nbd.uri import Address, TcpAddress, UnixAddress
 from replfs.protocol.nbd.wire import Request
+from replfs.protocol.peer import Lines
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,16 @@ _PATH_LIMIT: Final = 107  # unix(7): sun_path, with a NUL at its end
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
+class Peer(Protocol):
+    """Who answers a primary (:mod:`replfs.protocol.peer`)."""
+
+    async def answer(self, line: bytes) -> bytes:
+        """The answer to one request. Raises ReplfsError: there is nothing more to be said."""
+
+    def leave(self) -> None:
+        """The connection has ended."""
+
+
 class NbdServer:
     """Serves ``node`` as the export ``name``; the empty name answers too.
 
@@ -63,8 +75,10 @@ class NbdServer:
     :meth:`close_connections`.
     """
 
-    def __init__(self, node: Node, name: str, *, read_only: bool = False) -> None:
+    def __init__(self, node: Node, name: str, *, read_only: bool = False, peer: Callable[[], Peer] | None = None) -> None:
+        """``peer`` makes who answers a primary that has more to say than NBD can, for each such connection."""
         self.read_only = read_only
+        self._make_peer = peer
         self._node = node
         self._name = name
         self._listeners: list[trio.SocketListener] = []
@@ -115,13 +129,15 @@ class NbdServer:
         if self._unix_socket is not None:
             self._unix_socket.remove()
 
-    async def close_connections(self) -> None:
+    async def close_connections(self, *, peers: bool = True) -> None:
         """Close every connection there is now. When this returns, no request of theirs is at the node any more.
+
+        Without ``peers``: but for those that are a conversation with a primary.
 
         Requests under way are finished, those that still wait are dropped; no reply is sent to either. New connections may be
         made meanwhile.
         """
-        connections = list(self._connections)
+        connections = [connection for connection in self._connections if peers or not connection.conversing]
         for connection in connections:
             connection.close()
         for connection in connections:
@@ -134,7 +150,7 @@ class NbdServer:
             self._full = True
             stream.socket.close()
             return
-        connection = _Connection(self._node, stream)
+        connection = _Connection(self._node, stream, self._make_peer)
         self._connections.add(connection)
         try:
             reason = await connection.serve(Export(self._name, self._node.size, self.read_only))
@@ -152,8 +168,11 @@ class NbdServer:
 class _Connection:
     """One client."""
 
-    def __init__(self, node: Node, stream: trio.SocketStream) -> None:
+    def __init__(self, node: Node, stream: trio.SocketStream, make_peer: Callable[[], Peer] | None) -> None:
         self.peer = _peer(stream)
+        self._make_peer = make_peer
+        self.conversing = False
+        self._conversation = trio.CancelScope()
         self.finished = trio.Event()
         self._node = node
         self._stream = stream
@@ -177,6 +196,7 @@ class _Connection:
         self._closed = True
         self._stream.socket.close()
         self._idle.unpark_all()
+        self._conversation.cancel()
 
     async def serve(self, export: Export) -> str:
         """Serve the client until either side ends it; returns why, unless that was its wish."""
@@ -187,6 +207,8 @@ class _Connection:
             return ""
         except trio.TooSlowError:
             return f"no export was agreed on within {HANDSHAKE_TIMEOUT:.0f} seconds"
+        if handshake.phase is Phase.PEER:
+            return await self._converse(handshake.rest)
         if handshake.phase is not Phase.TRANSMISSION:
             return handshake.reason
         self._transmission = handshake.transmission()
@@ -199,14 +221,36 @@ class _Connection:
         return self._transmission.reason
 
     async def _negotiate(self, export: Export) -> Handshake:
-        handshake = Handshake(export)
+        handshake = Handshake(export, peers=self._make_peer is not None)
         await self._stream.send_all(GREETING)
-        while handshake.phase not in (Phase.TRANSMISSION, Phase.CLOSED):
+        while handshake.phase in (Phase.CLIENT_FLAGS, Phase.OPTIONS):
             data = await self._stream.receive_some(_RECEIVE_SIZE)
             if not data:
                 break
             await self._stream.send_all(handshake.receive(data))
         return handshake
+
+    async def _converse(self, data: bytes) -> str:
+        """Answer a primary's requests, one after the other; returns why that ends."""
+        assert self._make_peer is not None
+        self.conversing = True
+        peer = self._make_peer()
+        lines = Lines()
+        try:
+            with self._conversation:
+                while not self._closed:
+                    for line in lines.receive(data):
+                        await self._stream.send_all(await peer.answer(line))
+                    data = await self._stream.receive_some(_RECEIVE_SIZE)
+                    if not data:
+                        break
+        except _GONE:
+            pass
+        except ReplfsError as error:
+            return str(error)
+        finally:
+            peer.leave()
+        return ""
 
     async def _work(self) -> None:
         """A worker: whatever changes something does so while awake, and looks here again before it parks."""

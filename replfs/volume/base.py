@@ -1,12 +1,14 @@
 """What both sides' volumes have in common: control operations one at a time, the saved state, the status.
 
 Guarding rules: ``control_lock`` serialises control operations, the end of a failover's commit, and the settling before the end.
-``state`` is replaced only by its holder, in :meth:`Volume._save`: on disk first, then in memory.
+``state`` is replaced only in :meth:`Volume.save`: on disk first, then in memory. Its ``stage`` and ``generation`` change only by
+the holder of ``control_lock``; what a primary's link has to remember does not wait for that.
 """
 
 import errno
 import logging
 import os
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -20,12 +22,24 @@ from replfs.block.cache import Cache
 from replfs.block.node import Node
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.journaling import use_journal
-from replfs.block.replication.rules import Mode, Operation, Stage, Verdict, check_start_mode, get_error, verdict
+from replfs.block.replication.rules import (
+    Mode,
+    Operation,
+    Resyncing,
+    Stage,
+    Verdict,
+    Verification,
+    check_start_mode,
+    get_error,
+    verdict,
+)
 from replfs.block.storage import Storage
+from replfs.block.tracking import Tracking
 from replfs.errors import ReplfsError, printable
+from replfs.protocol.nbd.uri import Target
 from replfs.volume.config import Config
 from replfs.volume.disk import describe, describe_chain, open_disk
-from replfs.volume.state import NotDurable, State, StateDirectory, check_identity, identify
+from replfs.volume.state import NotDurable, State, StateDirectory, check_identity, identify, in_mode
 
 logger = logging.getLogger(__name__)
 
@@ -40,35 +54,45 @@ class Volume(ABC):
     """A disk and its replication. ``view`` is the node that the mounted file shows."""
 
     view: Node
+    directory: StateDirectory
+    state: State
+    control_lock: trio.Lock
+    _saved: State | None
 
-    def __init__(self, config: Config, disk_format: str | None, storage: Storage | None = None) -> None:
+    def __init__(
+        self, config: Config, disk_format: str | None, storage: Storage | None = None, *, predecessor: "Volume | None" = None
+    ) -> None:
         """Open and lock the disk and the state directory, and read the state; nothing is written yet.
+
+        Or take all of that over from a ``predecessor``, a volume in another mode that is not used any more.
 
         Raises ReplfsError; then nothing is left open.
         """
         self.config = config
-        self.cache = Cache(config.cache_size)
-        self.storage = storage or Storage()
-        self.disk = open_disk(config.disk, disk_format, config.allow_backing, self.cache, self.storage)
-        try:
-            self.directory = StateDirectory(config.state_dir, self.storage)
+        if predecessor is None:
+            self.cache = Cache(config.cache_size)
+            self.storage = storage or Storage()
+            self.disk = open_disk(config.disk, disk_format, config.allow_backing, self.cache, self.storage)
             try:
-                identity = identify(config.disk, self.disk.format, self.disk.size, config.state_dir)
-                saved = self.directory.load()
-                if saved is not None:
-                    check_identity(saved, identity, config.mode, config.state_dir)
-                self._saved = saved
-                self.state = saved or State(1, config.mode, Stage.NONE, 0, False, identity)
+                self._open_state()
             except BaseException:
-                self.directory.close()
+                self.disk.release()
                 raise
-        except BaseException:
-            self.disk.release()
-            raise
+        else:
+            self.cache, self.storage, self.disk = predecessor.cache, predecessor.storage, predecessor.disk
+            self.directory, self._saved, self.state = predecessor.directory, predecessor._saved, predecessor.state
+        self.tracking: Tracking | None = predecessor.tracking if predecessor is not None else None
+        """What the other side may lack; there from the begin on."""
         self.last_error = ""
-        self.drop_cache: Callable[[], Awaitable[None]] = _nothing_cached
+        self.drop_cache: Callable[[], Awaitable[None]] = predecessor.drop_cache if predecessor is not None else _nothing_cached
         """Makes whoever caches the view read it again; the mount sets it."""
-        self.control_lock = trio.Lock()
+        self.successor_target: tuple[Target, bool] | None = None
+        """Where a primary in this volume's place is to replicate to, and whether what is there may be discarded."""
+        self.on_succession: Callable[[Volume], None] = lambda successor: None
+        """Called when another volume takes this one's place, in another mode."""
+        self.control_lock = predecessor.control_lock if predecessor is not None else trio.Lock()
+        self._saving = trio.Lock()
+        self._own_tasks = trio.CancelScope()  # of the background tasks that end with a succession
         self.settled = False
         self._commit_wanted = trio.Event()
         self._syncs_failed = trio.Event()
@@ -79,6 +103,23 @@ class Volume(ABC):
             Operation.FAILOVER: self._failover,
             Operation.STOP: self._stop,
         }
+
+    def _open_state(self) -> None:
+        config = self.config
+        self.directory = StateDirectory(config.state_dir, self.storage)
+        try:
+            identity = identify(config.disk, self.disk.format, self.disk.size, config.state_dir)
+            saved = self.directory.load()
+            if saved is not None:
+                saved = in_mode(saved, config.mode)
+                check_identity(saved, identity, config.mode, config.state_dir)
+            self._saved = saved
+            self.state = saved or State(1, config.mode, Stage.NONE, 0, False, identity)
+            if not self.state.node:
+                self.state = msgspec.structs.replace(self.state, node=secrets.token_hex(8))
+        except BaseException:
+            self.directory.close()
+            raise
 
     # The life of a volume: connect, begin, (control ...,) settle, close; or connect, begin that fails, abandon.
 
@@ -102,6 +143,35 @@ class Volume(ABC):
         """
         if isinstance(self.disk, Image):
             await use_journal(self.storage, self.disk, str(self.directory.disk_journal), keep=self.durable)
+
+    async def begin_tracking(self) -> None:
+        """Have the tracking know what an earlier process knew. Raises ReplfsError."""
+        path = str(self.directory.tracking)
+        try:
+            expected = bool(self.state.peer)
+            self.tracking, known = await Tracking.open(self.storage, path, self.disk.size, durable=self.durable, expected=expected)
+            await trio.to_thread.run_sync(self.directory.sync)
+        except OSError as error:
+            raise ReplfsError(f"cannot use {printable(path)}: {error.strerror}", error.errno or errno.EIO) from error
+        if expected and not known:
+            logger.warning("%s is gone: all of the disk is taken to be out of sync", printable(path))
+
+    def start_tasks(self, nursery: trio.Nursery) -> None:
+        """Those that every volume has in the background, until it is succeeded."""
+        nursery.start_soon(self._run_tasks)
+
+    async def _run_tasks(self) -> None:
+        with self._own_tasks:
+            async with trio.open_nursery() as nursery:
+                for task in (self.commit_regularly, self.remember_failed_syncs, self._save_tracking):
+                    nursery.start_soon(task)
+
+    async def _save_tracking(self) -> None:
+        while True:
+            await trio.sleep(_COMMIT_SECONDS)
+            if self.tracking is not None:
+                with suppress(OSError):  # which has been counted; it is tried again
+                    await self.tracking.save(self.disk.flush if self.durable else None)
 
     def images(self) -> list[Image]:
         """The qcow2 images that are written to."""
@@ -135,7 +205,7 @@ class Volume(ABC):
     async def _remember_failed_sync(self) -> None:
         if self._syncs_failed.is_set():
             try:
-                await self._save(suspect=True)
+                await self.save(suspect=True)
             except ReplfsError as error:
                 logger.error("%s", error)
             self._syncs_failed = trio.Event()
@@ -174,11 +244,15 @@ class Volume(ABC):
                 await self._close()
             finally:
                 await self.disk.flush()
+            if self.tracking is not None:
+                await self.tracking.close()
             if isinstance(self.disk, Image):
                 await self.disk.end_journal()
         except OSError as error:
             raise ReplfsError(f"cannot put everything on stable storage: {error.strerror}") from error
         finally:
+            if self.tracking is not None:
+                self.tracking.release()  # if something has failed: what was changed last is out of sync
             await self._remember_failed_sync()
             await self.disk.close()
             self.directory.close()
@@ -189,22 +263,35 @@ class Volume(ABC):
 
     async def abandon(self) -> None:
         """Give up before :meth:`begin` has ended well: whatever this process has made is removed."""
+        if self.tracking is not None:
+            self.tracking.release()
         self.directory.undo()
         await self.disk.close()
         self.directory.close()
 
     # Control
 
-    async def control(self, operation: Operation, start_mode: Mode | None = None) -> None:
-        """Carry out a control operation. Raises ReplfsError; its message is the volume's ``last_error`` then."""
+    async def control(self, operation: Operation, argument: Mode | Resyncing | Verification | None = None) -> None:
+        """Carry out a control operation. Raises ReplfsError; its message is the volume's ``last_error`` then.
+
+        ``argument``: the mode to start in, if one is named; what is asked of the resync or the verification.
+        """
         async with self.control_lock:
             try:
                 if self.settled:
                     raise ReplfsError("the volume is being unmounted", errno.ESHUTDOWN)
+                if operation is Operation.START and argument is Mode.PRIMARY and await self._promoted():
+                    self.last_error = ""
+                    return
                 if verdict(self.config.mode, operation, self.state.stage) is Verdict.DO:
-                    if start_mode is not None:
-                        check_start_mode(self.config.mode, start_mode)
-                    await self._do[operation]()
+                    if isinstance(argument, Mode):
+                        check_start_mode(self.config.mode, argument)
+                    if isinstance(argument, Resyncing):
+                        await self._resync(argument)
+                    elif isinstance(argument, Verification):
+                        await self._verify(argument)
+                    else:
+                        await self._do[operation]()
                     logger.info(
                         "%s succeeded: the stage is %s, the generation %d", operation, self.state.stage, self.state.generation
                     )
@@ -232,22 +319,35 @@ class Volume(ABC):
     @abstractmethod
     async def _stop(self) -> None: ...
 
-    async def _save(self, **changes: Any) -> NotDurable | None:
+    async def _promoted(self) -> bool:
+        """A secondary's that has taken over, and was told of a target: it has a primary in its place now. Raises ReplfsError."""
+        return False
+
+    async def _resync(self, what: Resyncing) -> None:
+        """A primary's only."""
+        raise NotImplementedError
+
+    async def _verify(self, what: Verification) -> None:
+        """A primary's only."""
+        raise NotImplementedError
+
+    async def save(self, **changes: Any) -> NotDurable | None:
         """Replace the state. Raises ReplfsError: the old one stands on disk and in memory.
 
         Gives an error back if the new one stands and is only not durable: to be raised when the nodes have been changed too.
         """
-        new = msgspec.structs.replace(self.state, **changes)
-        problem = None
-        try:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.directory.save, new)
-        except NotDurable as error:
-            logger.warning("%s", error)
-            problem = error
-        self.state = new
-        self._saved_durably(problem is None)
-        return problem
+        async with self._saving:
+            new = msgspec.structs.replace(self.state, **changes)
+            problem = None
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self.directory.save, new)
+            except NotDurable as error:
+                logger.warning("%s", error)
+                problem = error
+            self.state = new
+            self._saved_durably(problem is None)
+            return problem
 
     def _saved_durably(self, durable: bool) -> None:
         """Called with each state that is saved, before anything else runs: whether a power cut may bring the one before it back."""
@@ -281,6 +381,9 @@ class Volume(ABC):
             "disk": describe(self.disk),
             **describe_chain(self.disk),
             "io-errors": self.storage.errors.counts(),
+            "node": self.state.node,
+            "peer": self.state.peer,
+            "generations": {"current": self.state.ids.current, "bitmap": self.state.ids.bitmap, "history": self.state.ids.history},
             **self._side_status(),
         }
 

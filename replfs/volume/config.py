@@ -24,7 +24,22 @@ class Config:
     allow_backing: tuple[Path, ...] = ()
     listen: Address | None = None
     export: str = "disk"
+    plaintext: bool = False
+    """Addresses beyond this machine are allowed."""
     target: Target | None = None
+    protocol: str = "async"
+    timeout: float = 10.0
+    """Seconds after which a silent other side is given up."""
+    window: int = 64 << 20
+    """Bytes that may be on their way to the other side before writers wait."""
+    resync_rate: int = 0
+    """Bytes a second, 0 for no limit."""
+    initial_sync: str = "full"
+    discard_remote: bool = False
+    checkpoint_every: float = 0.0
+    """Seconds, 0 for never."""
+    checkpoint_before: str = ""
+    checkpoint_after: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ checkpoint, a stop and the end of a failover are one replacement of the state fi
 changed right after it. What the state file does not name is a leftover, whenever the process may have died.
 """
 
+import dataclasses
 import errno
 import logging
 from pathlib import Path
@@ -15,11 +16,13 @@ import trio
 
 from replfs.block.copy_before_write import CopyBeforeWrite
 from replfs.block.locks import Gate
+from replfs.block.qcow2.entries import Kind
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.journaling import use_journal
 from replfs.block.qcow2.overlay import create_overlay, is_blank_overlay, open_overlay
 from replfs.block.raw import Raw
-from replfs.block.replication.rules import Stage
+from replfs.block.replication.lineage import Ids
+from replfs.block.replication.rules import Mode, Operation, Stage, Verdict, verdict
 from replfs.block.replication.secondary import Layers, SecondaryFilter
 from replfs.block.storage import Storage
 from replfs.errors import ReplfsError
@@ -28,10 +31,13 @@ from replfs.jobs.commit import commit
 from replfs.volume.base import Volume
 from replfs.volume.config import Config
 from replfs.volume.disk import describe
+from replfs.volume.peers import PeerSession
+from replfs.volume.primary import PrimaryVolume
 from replfs.volume.state import NotDurable
 
 logger = logging.getLogger(__name__)
 
+_TRACKED_AT_ONCE = 64 << 20
 _FENCED = frozenset({Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE})
 
 
@@ -44,12 +50,15 @@ class SecondaryVolume(Volume):
         self.gate = Gate()
         self.view = SecondaryFilter(self.disk, self.gate, durable=self.durable)
         self.exported = CopyBeforeWrite(self.disk, self.gate, durable=self.durable)
-        self.server = NbdServer(self.exported, config.export)
+        self.server = NbdServer(self.exported, config.export, peer=lambda: PeerSession(self))
+        self.primary: PeerSession | None = None
+        """The primary that is connected, as far as it has said so."""
         self.address = config.listen
         """Where the server listens: what was asked for, with the port that the kernel picked if that was to be 0."""
         self._spare: Layers | None = None
         self._unsettled: list[Layers] = []  # pairs that a power cut may bring back
         self._background: trio.Nursery | None = None
+        self._serving, self._served = trio.CancelScope(), trio.Event()
 
     async def connect(self, nursery: trio.Nursery) -> None:
         assert self.config.listen is not None
@@ -66,10 +75,11 @@ class SecondaryVolume(Volume):
         self._background = nursery
         self.directory.make()
         await self.begin_disk()
+        await self.begin_tracking()
         if not self.config.start and stage is not Stage.NONE:
             if stage is Stage.RUNNING:
                 logger.warning("--no-start: the overlays are dropped; the disk keeps what it holds")
-            await self._save(stage=Stage.NONE, error=False)
+            await self.save(stage=Stage.NONE, error=False)
         in_use = self.state.stage not in (Stage.NONE, Stage.DONE)
         generation = self.state.generation
         # In use, or the next checkpoint's, or the next start's: these are taken again, if they are as they were made.
@@ -81,6 +91,8 @@ class SecondaryVolume(Volume):
             raise ReplfsError(f"cannot clean {self.config.state_dir} up: {error.strerror}", error.errno or errno.EIO) from error
         if in_use:
             self._use(await self._open_pair(self.state.generation))
+            if self.state.stage in _FENCED:
+                self.view.tracking = self.tracking
             if self.state.stage is Stage.FAILOVER:
                 nursery.start_soon(self._commit)
             elif self.state.stage is Stage.RUNNING:
@@ -89,12 +101,20 @@ class SecondaryVolume(Volume):
         elif self.state.stage is Stage.NONE and self.config.start:
             await self._start()
         elif self._saved is None:
-            await self._save()
+            await self.save()
         self.view.stage = self.state.stage
+        if self.state.stage is Stage.DONE:
+            self.view.tracking = self.tracking
         await self._fence()
-        nursery.start_soon(self.commit_regularly)
-        nursery.start_soon(self.remember_failed_syncs)
-        nursery.start_soon(self.server.serve)
+        self.start_tasks(nursery)
+        nursery.start_soon(self._serve)
+
+    async def _serve(self) -> None:
+        try:
+            with self._serving:
+                await self.server.serve()
+        finally:
+            self._served.set()
 
     async def _close(self) -> None:
         if self._spare is not None:  # which the next mount takes again
@@ -209,12 +229,41 @@ class SecondaryVolume(Volume):
 
     # Control
 
+    def _refuse_between_states(self) -> None:
+        if self.state.inconsistent:
+            raise ReplfsError(
+                "the primary is sending what this side's disk lacks, which is between two states until that is done: wait for it"
+                " (replfs status, on the primary), or fail over to the last checkpoint",
+                errno.EBUSY,
+            )
+
+    async def attached(self, node: str, *, syncing: bool, ids: Ids) -> None:
+        """The primary ``node`` writes to the disk from now on. Raises ReplfsError."""
+        if (node, syncing, ids) != (self.state.peer, self.state.inconsistent, self.state.ids):
+            _raise(await self.save(peer=node, inconsistent=syncing, ids=ids))
+
+    async def agreed(self, ids: Ids) -> None:
+        """The disk has all that the primary's has. Raises OSError, ReplfsError."""
+        if ids != self.state.ids or self.state.inconsistent:
+            _raise(await self.save(inconsistent=False, ids=ids))
+        assert self.tracking is not None
+        if self.tracking.stale:  # from when this side was a primary
+            self.tracking.forget()
+            await self.tracking.save()
+
+    async def checkpoint_for_primary(self) -> None:
+        """Raises OSError, ReplfsError."""
+        if verdict(self.config.mode, Operation.CHECKPOINT, self.state.stage) is Verdict.DO:
+            await self._checkpoint()
+            logger.info("checkpoint, asked for by the primary: the generation is %d", self.state.generation)
+
     async def _start(self) -> None:
+        self._refuse_between_states()
         layers = await self._make_pair(self.state.generation)
         try:
             async with self.gate.shut():
                 flushed = await self.flush_disk()  # the view is to be what the disk holds now
-                problem = await self._save(stage=Stage.RUNNING, error=False, **flushed)
+                problem = await self.save(stage=Stage.RUNNING, error=False, **flushed)
                 self._use(layers)
                 self.view.stage = Stage.RUNNING
         except (OSError, ReplfsError):
@@ -225,6 +274,7 @@ class SecondaryVolume(Volume):
         _raise(problem)
 
     async def _checkpoint(self) -> None:
+        self._refuse_between_states()
         await self.drop_cache()  # pages that a mapping has changed belong to what is dropped now
         await self.disk.flush()  # most of it, while requests still pass
         if self._spare is None:
@@ -232,7 +282,7 @@ class SecondaryVolume(Volume):
         old = self.view.layers
         async with self.gate.shut():
             flushed = await self.flush_disk()
-            problem = await self._save(generation=self.state.generation + 1, **flushed)
+            problem = await self.save(generation=self.state.generation + 1, **flushed)
             self._use(self._spare)
             self._spare = None
         await self.drop_cache()  # what readers have cached of the old view
@@ -241,6 +291,7 @@ class SecondaryVolume(Volume):
         _raise(problem)
 
     async def _stop(self) -> None:
+        self._refuse_between_states()
         await self.drop_cache()
         await self.disk.flush()
         problem = await self._finish()
@@ -248,8 +299,16 @@ class SecondaryVolume(Volume):
         _raise(problem)
 
     async def _failover(self) -> None:
+        if self.state.peer and not self.state.ids.current:
+            raise ReplfsError(
+                "this side never had a whole copy of its primary's disk: the first sync has not ended, so there is nothing to fail"
+                " over to",
+                errno.EBUSY,
+            )
+        ids = self.state.ids.alone() if self.state.stage is Stage.RUNNING else self.state.ids
         async with self.gate.shut():
-            problem = await self._save(stage=Stage.FAILOVER, error=False)
+            problem = await self.save(stage=Stage.FAILOVER, error=False, ids=ids)
+            self.view.tracking = self.tracking  # what the old primary will lack
             self.view.committed = 0
             self.view.stage = Stage.FAILOVER
             self.exported.fenced = True
@@ -259,6 +318,7 @@ class SecondaryVolume(Volume):
 
     async def _commit(self) -> None:
         try:
+            await self._track_overlays()
             await commit(self.view)
             async with self.control_lock:
                 _raise(await self._finish())
@@ -271,11 +331,57 @@ class SecondaryVolume(Volume):
                 else:
                     logger.warning("failover: done, but %s", error)
 
+    async def _track_overlays(self) -> None:
+        """The old primary's disk is what this side's was, but for what the overlays hold. Raises OSError."""
+        layers = self.view.layers
+        assert layers is not None
+        assert self.tracking is not None
+        for image in (layers.active, layers.hidden):
+            start = 0
+            while start < self.view.size:
+                may_hold, stop = image.may_hold(start)
+                if may_hold:
+                    for low in range(start, stop, _TRACKED_AT_ONCE):
+                        high = min(stop, low + _TRACKED_AT_ONCE)
+                        for part in image.ranges(low, high):
+                            if part.kind is not Kind.BACKING:
+                                first, last = self.tracking.span(part.start, part.stop - part.start)
+                                self.tracking.stale.add_range(first, last + 1)
+                        await trio.lowlevel.checkpoint()
+                start = stop
+        await self.tracking.save()
+
+    async def _promoted(self) -> bool:
+        """Become the primary of a new secondary, while this side's machine runs on."""
+        if self.successor_target is None or self.state.stage is Stage.NONE:
+            return False
+        if self.state.stage is not Stage.DONE:
+            raise ReplfsError(
+                f"the stage is {self.state.stage}, and only what has taken over can become a primary: fail over first, and let the"
+                " commit end",
+                errno.EBUSY,
+            )
+        assert self._background is not None
+        target, discard = self.successor_target
+        config = dataclasses.replace(self.config, mode=Mode.PRIMARY, target=target, discard_remote=discard, listen=None, start=True)
+        successor = PrimaryVolume(config, None, predecessor=self)
+        await successor.check()
+        if self._unsettled:
+            await self._settle()
+        self._serving.cancel()
+        await self._served.wait()
+        self._own_tasks.cancel()
+        async with self.gate.shut():
+            await successor.succeed(self._background)
+            self.on_succession(successor)
+        logger.info("promoted: this side is a primary now, and replicates to %s", target)
+        return True
+
     async def _commit_failed(self) -> None:
         """The stage is told even if it cannot be saved: the saved one, failover, has the next mount try again."""
         async with self.gate.shut():
             try:
-                await self._save(stage=Stage.FAILOVER_FAILED, error=True)
+                await self.save(stage=Stage.FAILOVER_FAILED, error=True)
             except ReplfsError as error:
                 logger.warning("%s", error)
                 self.state = msgspec.structs.replace(self.state, stage=Stage.FAILOVER_FAILED, error=True)
@@ -288,7 +394,9 @@ class SecondaryVolume(Volume):
             if self.view.commit_error is not None:
                 raise self.view.commit_error
             await self.disk.flush()
-            problem = await self._save(stage=Stage.DONE, error=False)
+            ids = self.state.ids.alone() if self.state.stage is Stage.RUNNING else self.state.ids
+            problem = await self.save(stage=Stage.DONE, error=False, ids=ids)
+            self.view.tracking = self.tracking
             self._use(None)
             self.view.stage = Stage.DONE
             self.exported.fenced = True
@@ -319,6 +427,8 @@ class SecondaryVolume(Volume):
             "listen": str(self.address),
             "export": self.config.export,
             "connections": self.server.connections,
+            "primary-connected": self.primary is not None,
+            "inconsistent": self.state.inconsistent,
             "overlays": {
                 name: describe(image) for name, image in ((("active", layers.active), ("hidden", layers.hidden)) if layers else ())
             },

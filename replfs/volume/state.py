@@ -16,6 +16,7 @@ from typing import Final
 
 import msgspec
 
+from replfs.block.replication.lineage import Ids
 from replfs.block.replication.rules import Mode, Stage
 from replfs.block.storage import Storage
 from replfs.errors import InUse, ReplfsError, printable
@@ -40,7 +41,9 @@ class DiskIdentity(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class State(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """A volume's state. ``error``: the sticky error is set, or, on a primary, may be: it was not closed.
 
-    ``suspect``: a sync of the disk has failed, and not all that it was about has been written and synced again since.
+    ``suspect``: a sync of the disk has failed, and not all that it was about has been written and synced again since. ``node`` is
+    this volume's own name, ``peer`` that of the one that it is replicated to or from. ``inconsistent``: a secondary's disk is
+    between two states of its primary's.
     """
 
     version: int
@@ -50,6 +53,10 @@ class State(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     error: bool
     disk: DiskIdentity
     suspect: bool = False
+    node: str = ""
+    peer: str = ""
+    ids: Ids = Ids()
+    inconsistent: bool = False
 
 
 class NotDurable(ReplfsError):
@@ -189,6 +196,11 @@ class StateDirectory:
         return self.path / f"{layer}.{generation}.journal"
 
     @property
+    def tracking(self) -> Path:
+        """The path of what is known of the other side's copy."""
+        return self.path / "tracking"
+
+    @property
     def disk_journal(self) -> Path:
         """The path of the journal of a qcow2 disk."""
         return self.path / "disk.journal"
@@ -213,6 +225,18 @@ def identify(disk: Path, disk_format: str, size: int, state_dir: Path) -> DiskId
     regular = (info.st_mode & 0o170000) == 0o100000
     path = os.path.relpath(disk, state_dir) if regular else str(disk)
     return DiskIdentity(path if "/" in path else f"./{path}", size, info.st_ino if regular else 0, disk_format)
+
+
+def in_mode(state: State, mode: Mode) -> State:
+    """A state as a volume in another mode may take it over, in stage none; else as it is.
+
+    A primary's disk may become a secondary: whether its content may be overwritten is told when the sides meet. A secondary's may
+    become a primary when it has taken over: before that its overlays are a part of what it holds.
+    """
+    taken_over = state.mode is Mode.SECONDARY and mode is Mode.PRIMARY and state.stage is Stage.DONE
+    if taken_over or (state.mode is Mode.PRIMARY and mode is Mode.SECONDARY):
+        return msgspec.structs.replace(state, mode=mode, stage=Stage.NONE, error=False, inconsistent=False)
+    return state
 
 
 def check_identity(state: State, disk: DiskIdentity, mode: Mode, state_dir: Path) -> None:

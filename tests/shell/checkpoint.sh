@@ -6,7 +6,7 @@ cp a.raw b.raw
 cp a.raw before.raw
 mkdir a b
 replfs secondary b.raw b --listen unix:nbd.sock
-replfs primary a.raw a --target 'nbd+unix:///disk?socket=nbd.sock'
+primary a.raw a 'nbd+unix:///disk?socket=nbd.sock'
 cmp a/disk.img before.raw
 cmp b/disk.img before.raw
 
@@ -38,15 +38,19 @@ replfs checkpoint b
 cmp b/disk.img a/disk.img
 is 2 generation b/disk.img
 
-# On the primary it is nothing.
+# On the primary it is one of what is written there by then.
+printf 'the last byte again' | dd of=a/disk.img bs=1 seek=5 conv=notrunc
 replfs checkpoint a
-is 0 generation a
+cmp b/disk.img a/disk.img
+is 1 generation a
+is 3 generation b
 
 # Status, for people and for programs.
 replfs status b | grep -x 'stage: *running'
-replfs status b | grep -x 'generation: *2'
-replfs status b | grep -x 'listen: .*nbd.sock, export .disk., 1 connection'
-replfs status a | grep -x 'target: .*, connected'
+replfs status b | grep -x 'generation: *3'
+replfs status b | grep -x 'listen: .*nbd.sock, export .disk., 3 connections'
+replfs status a | grep -x 'link: *connected'
+replfs status a | grep -x 'out of sync: *0 B'
 replfs status b --json | python -c 'import json, sys; assert json.load(sys.stdin)["size"] == 8 << 20'
 
 # The size is the disk's.

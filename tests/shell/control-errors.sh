@@ -44,7 +44,9 @@ is running stage b
 # The commands, where they cannot work.
 refused 'replfs: error: elsewhere is not a mount of replfs' replfs status elsewhere
 refused 'replfs: error: nowhere: No such file or directory' replfs checkpoint nowhere
-refused 'No such command' replfs promote b
+refused 'No such command' replfs demote b
+[ "$status" = 2 ]
+refused 'Missing option' replfs promote b
 [ "$status" = 2 ]
 refused 'Missing argument' replfs failover
 [ "$status" = 2 ]

@@ -30,6 +30,13 @@ refused() { # TEXT COMMAND...: the command fails, with TEXT and no traceback; $s
     ! grep -q Traceback said || return 1
 }
 
+primary() { # DISK MOUNTPOINT TARGET OPTION...: mounted and linked, from equal disks; what is written is on both sides at once
+    disk=$1 mountpoint=$2 target=$3
+    shift 3
+    replfs primary "$disk" "$mountpoint" --target "$target" --protocol sync --initial-sync none "$@"
+    replfs resync --wait "$mountpoint"
+}
+
 process() { # MOUNTPOINT: the process that serves it
     replfs status "$1" | sed -n 's/^process: *\([0-9]*\),.*/\1/p'
 }

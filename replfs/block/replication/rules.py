@@ -5,6 +5,7 @@ Where QEMU's own behaviour is a defect (it cannot retry a failed failover, its s
 
 import enum
 import errno
+from dataclasses import dataclass
 from typing import Final
 
 from replfs.errors import ReplfsError
@@ -28,6 +29,36 @@ class Operation(enum.StrEnum):
     CHECKPOINT = "checkpoint"
     FAILOVER = "failover"
     STOP = "stop"
+    RESYNC = "resync"
+    VERIFY = "verify"
+
+
+class Resyncing(enum.StrEnum):
+    """What can be asked of a resync: to begin now, rather than when the link is tried again; to pause; to go on.
+
+    And to overwrite what is on the other side, although that is newer, or something else.
+    """
+
+    START = "start"
+    PAUSE = "pause"
+    RESUME = "resume"
+    DISCARD_REMOTE = "discard-remote"
+
+
+class Verifying(enum.StrEnum):
+    """What can be asked of a verification: to begin; to begin, and to send what differs; to end."""
+
+    START = "start"
+    REPAIR = "repair"
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """``rate``: bytes a second at most, 0 for no limit."""
+
+    what: Verifying
+    rate: int = 0
 
 
 class Verdict(enum.Enum):
@@ -41,6 +72,7 @@ NOT_RUNNING: Final = "Block replication is not running"
 RUNNING_OR_DONE: Final = "Block replication is running or done"
 CANCELLED: Final = "Backup job was cancelled unexpectedly"
 IO_ERROR: Final = "I/O error occurred"
+NOT_PRIMARY: Final = "only a primary sends what the other side lacks"
 WRONG_MODE: Final = "The parameter mode's value is invalid, needs %d, but got %d"
 _MODE_NUMBERS: Final = {Mode.PRIMARY: 0, Mode.SECONDARY: 1}  # as QEMU counts them, in WRONG_MODE
 
@@ -54,12 +86,16 @@ _ROWS: Final[dict[Mode, dict[Operation, tuple[Verdict | str, ...]]]] = {
         Operation.CHECKPOINT: (CANCELLED, _DO, _N, CANCELLED, _N),
         Operation.FAILOVER: (NOT_RUNNING, _DO, _N, _DO, _N),
         Operation.STOP: (NOT_RUNNING, _DO, _N, NOT_RUNNING, _N),
+        Operation.RESYNC: (NOT_PRIMARY,) * 5,
+        Operation.VERIFY: (NOT_PRIMARY,) * 5,
     },
     Mode.PRIMARY: {  # which never sees failover or failover-failed
         Operation.START: (_DO, RUNNING_OR_DONE, _N, RUNNING_OR_DONE, _N),
-        Operation.CHECKPOINT: (_N, _N, _N, _N, _N),
+        Operation.CHECKPOINT: (_N, _DO, _N, _N, _N),  # QEMU: nothing; here the secondary is to take one
         Operation.FAILOVER: (NOT_RUNNING, _DO, _N, NOT_RUNNING, _N),
         Operation.STOP: (NOT_RUNNING, _DO, _N, NOT_RUNNING, _N),
+        Operation.RESYNC: (NOT_RUNNING, _DO, _N, NOT_RUNNING, NOT_RUNNING),
+        Operation.VERIFY: (NOT_RUNNING, _DO, _N, NOT_RUNNING, NOT_RUNNING),
     },
 }
 

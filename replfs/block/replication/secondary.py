@@ -19,6 +19,7 @@ from replfs.block.node import Data, Extent, Node
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.overlay import SUBCLUSTER
 from replfs.block.replication.rules import Stage
+from replfs.block.tracking import Tracking
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class SecondaryFilter(Node):
         """A write behind ``committed`` that did not reach the secondary disk: this commit cannot end well."""
         self.unsettled: Callable[[], Awaitable[None]] | None = None
         """Set while a power cut may bring an older state back: nothing is durable before this has been awaited and succeeded."""
+        self.tracking: Tracking | None = None
+        """Set from when this side has taken over: what is written then, the other side lacks."""
         self.gate = gate
         self.locks = RangeLocks()
 
@@ -83,8 +86,15 @@ class SecondaryFilter(Node):
     async def _change(self, offset: int, length: int, apply: Callable[[Node, int, int], Awaitable[None]]) -> None:
         stop = offset + length
         async with self.gate:
-            if self.layers is None or self.stage is Stage.RUNNING:
-                return await apply(self._source(), offset, stop)
+            if self.tracking is not None and length:
+                async with self.tracking.changing(offset, length):
+                    return await self._apply(offset, stop, apply)
+            return await self._apply(offset, stop, apply)
+
+    async def _apply(self, offset: int, stop: int, apply: Callable[[Node, int, int], Awaitable[None]]) -> None:
+        if self.layers is None or self.stage is Stage.RUNNING:
+            await apply(self._source(), offset, stop)
+        else:
             async with self.locks.hold(offset & -SUBCLUSTER, stop + -stop % SUBCLUSTER):
                 for start, end, held in self.split(self.layers, offset, stop):
                     if held:

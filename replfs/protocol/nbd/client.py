@@ -212,6 +212,55 @@ class Negotiation:
         return b""
 
 
+class PeerNegotiation:
+    """Ask a server to go on as :mod:`replfs.protocol.peer` has it, for one export.
+
+    ``done`` becomes true when it has answered: then ``agreed`` says what, and ``rest`` has what came behind. ``greeted``:
+    whether it is an NBD server at all.
+    """
+
+    def __init__(self, export: str) -> None:
+        self.done = False
+        self.agreed = False
+        self.rest = b""
+        self._name = export.encode()
+        self._buffer = bytearray()
+        self.greeted = False
+
+    def receive(self, data: bytes) -> bytes:
+        """Take bytes from the server; returns those to send to it. Raises ProtocolError, Refused."""
+        self._buffer += data
+        if not self.greeted:
+            if len(self._buffer) < wire.GREETING.size:
+                return b""
+            magic, option_magic, flags = wire.GREETING.unpack_from(self._buffer)
+            if magic != wire.NBD_MAGIC:
+                raise ProtocolError("it is not an NBD server")
+            if option_magic not in (wire.NBD_IHAVEOPT, wire.NBD_OLDSTYLE_MAGIC):
+                raise ProtocolError("the server's greeting is not one of NBD")
+            del self._buffer[: wire.GREETING.size]
+            self.greeted = True
+            if option_magic != wire.NBD_IHAVEOPT or not flags & wire.NBD_FLAG_FIXED_NEWSTYLE:
+                self.done = True
+                return b""
+            return (
+                wire.CLIENT_FLAGS.pack(wire.NBD_FLAG_C_FIXED_NEWSTYLE)
+                + wire.OPTION.pack(wire.NBD_IHAVEOPT, wire.NBD_OPT_REPLFS, len(self._name))
+                + self._name
+            )
+        if len(self._buffer) >= wire.OPTION_REPLY.size:
+            magic, option, kind, length = wire.OPTION_REPLY.unpack_from(self._buffer)
+            if magic != wire.NBD_OPTION_REPLY_MAGIC or option != wire.NBD_OPT_REPLFS or length > _MAX_OPTION_REPLY:
+                raise ProtocolError("the server sent something else than the reply to an option")
+            if len(self._buffer) >= wire.OPTION_REPLY.size + length:
+                if kind not in (wire.NBD_REP_ACK, wire.NBD_REP_ERR_UNSUP):
+                    raise Refused(_REFUSALS.get(kind, f"the server refused it with option reply {kind:#x}"))
+                self.done = True
+                self.agreed = kind == wire.NBD_REP_ACK
+                self.rest = bytes(self._buffer[wire.OPTION_REPLY.size + length :])
+        return b""
+
+
 _OPTION_REPLIES: Final[dict[tuple[int, int], Callable[[Negotiation, int, bytes], bytes]]] = {
     (wire.NBD_OPT_STRUCTURED_REPLY, wire.NBD_REP_ACK): Negotiation._structured_agreed,
     (wire.NBD_OPT_STRUCTURED_REPLY, wire.NBD_REP_ERR): Negotiation._structured_refused,

@@ -55,18 +55,21 @@ class Phase(Enum):
     CLIENT_FLAGS = auto()
     OPTIONS = auto()
     TRANSMISSION = auto()
+    PEER = auto()
     CLOSED = auto()
 
 
 class Handshake:
-    """The option haggling of one connection, from behind :data:`GREETING` to ``Phase.TRANSMISSION`` or ``Phase.CLOSED``.
+    """The option haggling of one connection, from behind :data:`GREETING` to ``Phase.TRANSMISSION``, ``PEER`` or ``CLOSED``.
 
     ``reason`` is why it was closed; it is empty when the client asked for that. What the client sent behind the option that
     began the transmission is in ``rest``.
     """
 
-    def __init__(self, export: Export) -> None:
+    def __init__(self, export: Export, *, peers: bool = False) -> None:
+        """``peers``: whether a primary may go on as :mod:`replfs.protocol.peer` has it."""
         self.phase = Phase.CLIENT_FLAGS
+        self._peers = peers
         self.reason = ""
         self.rest = b""
         self._export = export
@@ -133,8 +136,19 @@ class Handshake:
             return _reply(option, wire.NBD_REP_ERR_INVALID, str(error).encode())
 
     def _begin_transmission(self) -> None:
-        self.phase = Phase.TRANSMISSION
+        self._leave_options(Phase.TRANSMISSION)
+
+    def _leave_options(self, phase: Phase) -> None:
+        self.phase = phase
         self.rest = self._take(len(self._buffer))
+
+    def _peer(self, option: int, data: bytes) -> bytes:
+        if not self._peers:
+            return _reply(option, wire.NBD_REP_ERR_UNSUP)
+        if not self._export.answers_to(data):
+            return _unknown(option, data)
+        self._leave_options(Phase.PEER)
+        return _reply(option, wire.NBD_REP_ACK)
 
     def _export_name(self, option: int, name: bytes) -> bytes:
         if not self._export.answers_to(name):
@@ -198,6 +212,7 @@ _STEPS: Final[dict[Phase, Callable[[Handshake], bytes | None]]] = {
     Phase.CLIENT_FLAGS: Handshake._client_flags,
     Phase.OPTIONS: Handshake._option,
     Phase.TRANSMISSION: lambda _: None,
+    Phase.PEER: lambda _: None,
     Phase.CLOSED: lambda _: None,
 }
 """What is done with what has arrived: bytes to send, or None when more must arrive first."""
@@ -211,6 +226,7 @@ _OPTIONS: Final[dict[int, Callable[[Handshake, int, bytes], bytes]]] = {
     wire.NBD_OPT_STRUCTURED_REPLY: Handshake._structured_reply,
     wire.NBD_OPT_LIST_META_CONTEXT: Handshake._meta_context,
     wire.NBD_OPT_SET_META_CONTEXT: Handshake._meta_context,
+    wire.NBD_OPT_REPLFS: Handshake._peer,
 }
 
 

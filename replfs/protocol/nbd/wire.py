@@ -53,6 +53,8 @@ NBD_OPT_GO: Final = 7
 NBD_OPT_STRUCTURED_REPLY: Final = 8
 NBD_OPT_LIST_META_CONTEXT: Final = 9
 NBD_OPT_SET_META_CONTEXT: Final = 10
+NBD_OPT_REPLFS: Final = 0x7265_706C
+"""replfs's own: the connection goes on as :mod:`replfs.protocol.peer` has it."""
 
 # --- Values: Option reply types -------------------------------------------------------------------------------------------------
 NBD_REP_ACK: Final = 1
