@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("replfs", deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("replfs")
 
-pytest_plugins = ["harness"]
+pytest_plugins = ["harness", "proxy"]
 
 _PROPERTY = "tally"
 
