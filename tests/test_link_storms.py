@@ -205,9 +205,10 @@ def test_a_link_in_a_storm(
 
 
 def test_after_a_pull_only_what_has_changed_is_sent(sides: Sides, pair: Pair, full: bool) -> None:
-    size, seconds = 1024 * MIB, 60 if full else 2
-    pair.secondary(size)
-    pair.primary(size, "--initial-sync", "none")
+    size, seconds = 128 * MIB, 60 if full else 2
+    content = random.Random(1).randbytes(MIB) * (size // MIB)
+    pair.secondary(content)
+    pair.primary(content, "--initial-sync", "none")
     pair.agree()
     assert pair.sent == 0
     with busy(pair, sides.folder, size // 3, random.Random(1)) as crowd:

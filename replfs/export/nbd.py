@@ -129,15 +129,15 @@ class NbdServer:
         if self._unix_socket is not None:
             self._unix_socket.remove()
 
-    async def close_connections(self, *, peers: bool = True) -> None:
-        """Close every connection there is now. When this returns, no request of theirs is at the node any more.
+    async def close_connections(self, *, but: Peer | None = None) -> None:
+        """Close every connection there is now, ``but`` the one of this peer.
 
-        Without ``peers``: but for those that are a conversation with a primary.
+        When this returns, no request of theirs is at the node any more.
 
         Requests under way are finished, those that still wait are dropped; no reply is sent to either. New connections may be
         made meanwhile.
         """
-        connections = [connection for connection in self._connections if peers or not connection.conversing]
+        connections = [connection for connection in self._connections if but is None or connection.answered_by is not but]
         for connection in connections:
             connection.close()
         for connection in connections:
@@ -171,7 +171,7 @@ class _Connection:
     def __init__(self, node: Node, stream: trio.SocketStream, make_peer: Callable[[], Peer] | None) -> None:
         self.peer = _peer(stream)
         self._make_peer = make_peer
-        self.conversing = False
+        self.answered_by: Peer | None = None
         self._conversation = trio.CancelScope()
         self.finished = trio.Event()
         self._node = node
@@ -233,8 +233,7 @@ class _Connection:
     async def _converse(self, data: bytes) -> str:
         """Answer a primary's requests, one after the other; returns why that ends."""
         assert self._make_peer is not None
-        self.conversing = True
-        peer = self._make_peer()
+        peer = self.answered_by = self._make_peer()
         lines = Lines()
         try:
             with self._conversation:

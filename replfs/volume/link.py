@@ -212,7 +212,6 @@ class Link:
         """Keep a link, for ever, until cancelled."""
         pause = _FIRST_PAUSE
         while True:
-            self._hurry = trio.Event()
             self.alone_from_now_on()
             try:
                 async with trio.open_nursery() as nursery:
@@ -235,6 +234,7 @@ class Link:
                 logger.exception("the link to %s has failed", self.target)
                 self._tell(Condition.CONNECTING, "unexpected error, see the log")
             self._retry_at = trio.current_time() + pause
+            self._hurry = trio.Event()
             with trio.move_on_after(pause):
                 await self._hurry.wait()
             pause = min(pause * 2, _LONGEST_PAUSE)

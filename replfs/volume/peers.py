@@ -174,7 +174,7 @@ class PeerSession:
         elif isinstance(request, peer.Blocks):
             return self._blocks(request.start)
         elif isinstance(request, peer.Clear):
-            await volume.server.close_connections(peers=False)
+            await volume.server.close_connections(but=self)
         elif state.peer != self._node:
             raise ReplfsError("this side belongs to another primary", errno.EBUSY)
         elif isinstance(request, peer.Agreed):
