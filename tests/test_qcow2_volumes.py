@@ -166,7 +166,7 @@ def test_forwarded_zeroes_give_room_back(sides: Sides, cluster: str) -> None:
     far = secondary(sides, disk)
     before = disk.stat().st_blocks
     nbdsh(sides, f"h.zero({SIZE}, 0); h.flush()")
-    assert before - disk.stat().st_blocks >= SIZE * 3 // 4 // 512
+    assert before - disk.stat().st_blocks >= SIZE * 3 // 4 // 512 - 64, "but for what the file system needs to remember holes"
     assert on_disk(disk) == bytes(SIZE)
     assert far.content() == content(1)
 
