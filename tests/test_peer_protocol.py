@@ -41,7 +41,7 @@ IDS = Ids("0123456789abcdef", "", ("fedcba9876543210",))
 REQUESTS = [
     protocol.Hello(protocol.VERSION, "a" * 16, 1 << 44, IDS),
     protocol.Attach(True, False),
-    protocol.Agreed(IDS),
+    protocol.Agreed(IDS, True),
     protocol.Checkpoint(),
     protocol.Blocks(1 << 28),
     protocol.Ping(),
@@ -606,7 +606,7 @@ async def test_what_a_peer_says_of_itself_cannot_make_the_state_unreadable(tmp_p
     """The state file is read up to a limit: what is saved must stay below it."""
     async with talking(tmp_path) as (volume, connect):
         long = protocol.encode(msgspec.structs.replace(HELLO, node="n" * (LIMIT - 1000)))
-        many = protocol.encode(protocol.Agreed(Ids("a" * 16, "", ("",) * ((LIMIT - 200) // 3))))
+        many = protocol.encode(protocol.Agreed(Ids("a" * 16, "", ("",) * ((LIMIT - 200) // 3)), False))
         assert max(len(long), len(many)) < LIMIT
         for hello in (protocol.encode(HELLO), long):
             stream = await connect()

@@ -190,3 +190,18 @@ def test_what_may_be_promoted(sides: Sides) -> None:
     b.umount()
     b = it.primary("B", "A", "--no-start")  # it has taken over: at a mount it may become one, too
     assert b.get("stage") == "none"
+
+
+def test_a_failover_right_after_the_first_sync_is_one_to_the_whole_copy(sides: Sides) -> None:
+    """Before, there is nothing to fail over to; what the secondary showed until then was never a copy of anything."""
+    it = Pair(sides)
+    b = it.secondary("B")
+    a = it.primary("A", "B", "--resync-rate", "16M")
+    wait_for(lambda: b.status()["inconsistent"], "the first sync")
+    refused = replfs("failover", b.point, check=False)
+    assert "never had a whole copy" in refused.stderr
+    b.expected.append("failover failed")
+    wait_for(lambda: not b.status()["inconsistent"], "its end")
+    replfs("failover", "--wait", b.point)
+    it.assert_equal("B")
+    a.umount()

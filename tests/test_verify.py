@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import threading
 
 import pytest
@@ -33,6 +34,7 @@ def test_what_differs_is_told_counted_and_repaired(sides: Sides) -> None:
     assert (done.returncode, done.stdout) == (1, told)
     assert f"{differing} bytes differ" in done.stderr
     assert near.status()["link"]["out-of-sync"] == differing
+    assert re.search(r"^verify: +done, .* differ$", replfs("status", near.point).stdout, re.MULTILINE)
     assert near.get("error") == "I/O error occurred"
     assert far.disk.read_bytes() != content
     assert replfs("checkpoint", near.point, check=False).returncode == 1

@@ -52,7 +52,13 @@ def _link(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("link", state),
         *([("link error", status["link-error"])] if status["link-error"] else []),
         ("out of sync", size(link["out-of-sync"])),
+        *([("verify", _verify(link["verify"]))] if link["verify"] else []),
     ]
+
+
+def _verify(verify: dict[str, Any]) -> str:
+    how = f"{size(verify['done'])} of {size(verify['total'])}" if verify["running"] else verify["error"] or "done"
+    return f"{how}, {size(verify['differing'])} differ"
 
 
 def _count(number: int, thing: str) -> str:

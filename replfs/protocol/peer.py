@@ -44,9 +44,13 @@ class Attach(Message, frozen=True):
 
 
 class Agreed(Message, frozen=True):
-    """The secondary's disk has all that the primary's has, on stable storage, and what follows in the order of its making."""
+    """The secondary's disk has all that the primary's has, on stable storage, and what follows in the order of its making.
+
+    ``checkpoint``: what it shows was never a copy of anything, so it is to show that, in the same step; nothing is under way.
+    """
 
     ids: Ids
+    checkpoint: bool
 
 
 class Checkpoint(Message, frozen=True):

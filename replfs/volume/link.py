@@ -54,6 +54,10 @@ class Condition(StrEnum):
     CONNECTED = "connected"
 
 
+class _NotInSync(ReplfsError):
+    """The copies do not agree."""
+
+
 class Owner(Protocol):
     """The volume, as far as a link needs it."""
 
@@ -380,18 +384,14 @@ class Link:
             await self.flush()
             if met.lost.is_set() or self._tracking.stale:
                 continue
-            await self._agree(met)
+            if not await self._agree(met, shown_first):
+                continue
+            shown_first = False
             self.condition = Condition.CONNECTED
             if stale or not met.good:
                 took = trio.current_time() - began
                 logger.info("the copies agree again: %d bytes were sent in %.1f seconds", self.resync.sent - before, took)
             met.good, compare_first = True, False
-            if shown_first:  # what the secondary shows was never a copy of anything
-                try:
-                    await self.checkpoint()
-                    shown_first = False
-                except ReplfsError as error:
-                    logger.info("no checkpoint yet after the first sync: %s", error)
             await self._until_stale()
 
     async def _until_stale(self) -> None:
@@ -400,17 +400,29 @@ class Link:
         if not self._tracking.stale:
             await event.wait()
 
-    async def _agree(self, met: _Met) -> None:
-        """This side first: if it goes on alone before the other knows, that has to be a new generation."""
+    async def _agree(self, met: _Met, first: bool) -> bool:
+        """Have both sides know that they are the same; ``first``: what the other side shows, too, which was never a copy.
+
+        False if they are not any more. This side knows it first: if it goes on alone before the other has heard of it, that has to
+        be a new generation.
+        """
         ids = self._owner.state.ids.agreed()
         if ids != self._owner.state.ids:
             await self._owner.save(ids=ids)
         if met.client is not None:
-            await met.client.ask(peer.Agreed(ids), peer.Done)
+            if first:
+                try:
+                    async with self._quiet(met):
+                        await met.client.ask(peer.Agreed(ids, True), peer.Done)
+                except _NotInSync:
+                    return False
+            else:
+                await met.client.ask(peer.Agreed(ids, False), peer.Done)
             met.told = False
         met.agreed = True
         with suppress(OSError):  # it is tried again soon: a crash now would have all of it sent again
             await self._tracking.save()
+        return True
 
     # While it is there
 
@@ -442,11 +454,8 @@ class Link:
             await client.ask(peer.Ping(), peer.Done)
 
     @asynccontextmanager
-    async def _quiet(self) -> AsyncIterator[_Met]:
-        """Writers wait, and the other side has all that they wrote, on stable storage."""
-        met = self._met
-        if met is None or not met.agreed:
-            raise self._not_in_sync()
+    async def _quiet(self, met: _Met) -> AsyncIterator[None]:
+        """Writers wait, and the other side has all that they wrote, on stable storage. Raises _NotInSync, ReplfsError."""
         if met.client is not None:  # so that writers do not have to wait for one that is not there,
             await met.client.ask(peer.Ping(), peer.Done)
         await self.flush()  # and that there is little left to do while they wait
@@ -455,11 +464,11 @@ class Link:
             await self.flush()
             if met.lost.is_set() or self._tracking.stale or self._tracking.differing:
                 raise self._not_in_sync()
-            yield met
+            yield
 
-    def _not_in_sync(self) -> ReplfsError:
+    def _not_in_sync(self) -> "_NotInSync":
         why = f": {self.error}" if self.error else ""
-        return ReplfsError(
+        return _NotInSync(
             f"the copies do not agree (the link is {self.condition}, {self._tracking.out_of_sync} bytes are out of sync), so this"
             f" would not be a good checkpoint{why}",
             errno.EBUSY,
@@ -467,7 +476,10 @@ class Link:
 
     async def checkpoint(self) -> None:
         """Have the secondary take a checkpoint of what is on this side's disk now. Raises ReplfsError."""
-        async with self._quiet() as met:
+        met = self._met
+        if met is None or not met.agreed:
+            raise self._not_in_sync()
+        async with self._quiet(met):
             if met.client is not None:
                 await met.client.ask(peer.Checkpoint(), peer.Done)
 

@@ -178,7 +178,7 @@ class PeerSession:
         elif state.peer != self._node:
             raise ReplfsError("this side belongs to another primary", errno.EBUSY)
         elif isinstance(request, peer.Agreed):
-            await volume.agreed(request.ids)
+            await volume.agreed(request.ids, checkpoint=request.checkpoint)
         elif isinstance(request, peer.Checkpoint):
             await volume.checkpoint_for_primary()
         else:

@@ -242,9 +242,12 @@ class SecondaryVolume(Volume):
         if (node, syncing, ids) != (self.state.peer, self.state.inconsistent, self.state.ids):
             _raise(await self.save(peer=node, inconsistent=syncing, ids=ids))
 
-    async def agreed(self, ids: Ids) -> None:
-        """The disk has all that the primary's has. Raises OSError, ReplfsError."""
-        if ids != self.state.ids or self.state.inconsistent:
+    async def agreed(self, ids: Ids, *, checkpoint: bool = False) -> None:
+        """The disk has all that the primary's has; with ``checkpoint`` the view is that, too. Raises OSError, ReplfsError."""
+        if checkpoint and self.state.stage is Stage.RUNNING:
+            await self._take_checkpoint(inconsistent=False, ids=ids)
+            logger.info("the first copy is whole, and this side shows it: the generation is %d", self.state.generation)
+        elif ids != self.state.ids or self.state.inconsistent:
             _raise(await self.save(inconsistent=False, ids=ids))
         assert self.tracking is not None
         if self.tracking.stale:  # from when this side was a primary
@@ -275,6 +278,10 @@ class SecondaryVolume(Volume):
 
     async def _checkpoint(self) -> None:
         self._refuse_between_states()
+        await self._take_checkpoint()
+
+    async def _take_checkpoint(self, **changes: Any) -> None:
+        """In one step with other ``changes`` of the state."""
         await self.drop_cache()  # pages that a mapping has changed belong to what is dropped now
         await self.disk.flush()  # most of it, while requests still pass
         if self._spare is None:
@@ -282,7 +289,7 @@ class SecondaryVolume(Volume):
         old = self.view.layers
         async with self.gate.shut():
             flushed = await self.flush_disk()
-            problem = await self.save(generation=self.state.generation + 1, **flushed)
+            problem = await self.save(generation=self.state.generation + 1, **flushed, **changes)
             self._use(self._spare)
             self._spare = None
         await self.drop_cache()  # what readers have cached of the old view
