@@ -194,7 +194,7 @@ async def test_an_operation_fails(
 ) -> None:
     case = new_case(root, use, disk, mode)
     count = await operations(case, use)
-    tried = range(count) if full else sorted(random.Random(count).sample(range(count), min(count, 25)))
+    tried = range(count) if full else sorted(random.Random(count).sample(range(count), min(count, 18)))
     for number in tried:
         async with fresh(case) as (driver, storage):
             fault = Fault(after=number, times=times, error=code, torn=number % 2 == 0)

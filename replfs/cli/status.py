@@ -43,6 +43,8 @@ def _link(status: dict[str, Any]) -> list[tuple[str, str]]:
         return [("target", status["target"])]
     state = link["state"] + (f", again in {link['retry-in']:g} s" if "retry-in" in link else "")
     resync = link["resync"]
+    if resync["paused"] and link["state"] != "paused":
+        state += ", resyncs are paused"
     if resync["running"]:
         state += f", {size(resync['left'])} of {size(resync['total'])} left"
         if resync["seconds-left"] is not None:
