@@ -173,6 +173,22 @@ def assert_counted(storage: FaultyStorage, fault: Fault) -> None:
             assert counts.get(path, {}).get(expected), f"the failure of a {kind} of {path} is not counted: {counts}"
 
 
+async def lives_with(case: Case, use: Use, fault: Fault, what: str) -> None:
+    """It says what is so, while something fails, and when that is repaired."""
+    async with fresh(case) as (driver, storage):
+        storage.faults = [fault]
+
+        def repair() -> None:
+            fault.times = 0
+
+        try:
+            await live(driver, use, storage, lambda: None, repair)
+            assert_counted(storage, fault)
+        except BaseException as error:
+            error.add_note(f"{what}, {fault}: {fault.hit}")
+            raise
+
+
 async def operations(case: Case, use: Use) -> int:
     """How many there are to fail."""
     async with fresh(case) as (driver, storage):
@@ -194,21 +210,10 @@ async def test_an_operation_fails(
 ) -> None:
     case = new_case(root, use, disk, mode)
     count = await operations(case, use)
-    tried = range(count) if full else sorted(random.Random(count).sample(range(count), min(count, 18)))
+    tried = range(count) if full else sorted(random.Random(count).sample(range(count), min(count, 13)))
     for number in tried:
-        async with fresh(case) as (driver, storage):
-            fault = Fault(after=number, times=times, error=code, torn=number % 2 == 0)
-            storage.faults = [fault]
-
-            def repair(fault: Fault = fault) -> None:
-                fault.times = 0
-
-            try:
-                await live(driver, use, storage, lambda: None, repair)
-                assert_counted(storage, fault)
-            except BaseException as error:
-                error.add_note(f"operation {number} of {count} failed: {fault.hit}")
-                raise
+        fault = Fault(after=number, times=times, error=code, torn=number % 2 == 0)
+        await lives_with(case, use, fault, f"operation {number} of {count}")
     tally("I/O error", len(tried))
 
 
@@ -234,20 +239,8 @@ async def test_one_kind_fails_on_one_file_until_it_is_repaired(
     for disk, mode, use in USES[:4]:
         case = new_case(root / f"{tried}", use, disk, mode)
         for after in (0, 2, 5):
-            async with fresh(case) as (driver, storage):
-                fault = Fault(kind, path, after=after, times=ALWAYS)
-                storage.faults = [fault]
-
-                def repair(fault: Fault = fault) -> None:
-                    fault.times = 0
-
-                try:
-                    await live(driver, use, storage, lambda: None, repair)
-                    assert_counted(storage, fault)
-                except BaseException as error:
-                    error.add_note(f"{case.name}, {fault}")
-                    raise
-                tried += 1
+            await lives_with(case, use, Fault(kind, path, after=after, times=ALWAYS), case.name)
+            tried += 1
     tally("I/O error", tried)
 
 

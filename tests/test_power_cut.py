@@ -242,11 +242,11 @@ async def cut(case: Case, scenario: Scenario, full: bool, tally: Callable[[str, 
 @pytest.mark.parametrize("scenario", SECONDARY, ids=lambda scenario: scenario.__name__)
 async def test_a_secondary(root: Path, scenario: Scenario, disk: str, full: bool, tally: Callable[[str, int], None]) -> None:
     case = case_on(root, scenario.__name__, disk, start=scenario is not start)
-    await cut(case, scenario, full, tally, 36, 400)
+    await cut(case, scenario, full, tally, 26, 400)
 
 
 @pytest.mark.parametrize("disk", DISKS)
 @pytest.mark.parametrize("scenario", PRIMARY, ids=lambda scenario: scenario.__name__)
 async def test_a_primary(root: Path, scenario: Scenario, disk: str, full: bool, tally: Callable[[str, int], None]) -> None:
     case = case_on(root, scenario.__name__, disk, Mode.PRIMARY, start=scenario is primary_that_forwards)
-    await cut(case, scenario, full, tally, 36, 400)
+    await cut(case, scenario, full, tally, 26, 400)

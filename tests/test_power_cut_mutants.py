@@ -141,4 +141,4 @@ async def test_what_breaks_a_rule_is_found(root: Path, name: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", HONEST.values())
 async def test_nothing_is_found_while_no_rule_is_broken(root: Path, name: str, full: bool) -> None:
-    await cut(root, name, RULES[name], 400 if full else 90, lying=False)
+    await cut(root, name, RULES[name], 400 if full else 60, lying=False)

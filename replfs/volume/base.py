@@ -286,12 +286,7 @@ class Volume(ABC):
                 if verdict(self.config.mode, operation, self.state.stage) is Verdict.DO:
                     if isinstance(argument, Mode):
                         check_start_mode(self.config.mode, argument)
-                    if isinstance(argument, Resyncing):
-                        await self._resync(argument)
-                    elif isinstance(argument, Verification):
-                        await self._verify(argument)
-                    else:
-                        await self._do[operation]()
+                    await self._carry_out(operation, argument)
                     logger.info(
                         "%s succeeded: the stage is %s, the generation %d", operation, self.state.stage, self.state.generation
                     )
@@ -323,13 +318,9 @@ class Volume(ABC):
         """A secondary's that has taken over, and was told of a target: it has a primary in its place now. Raises ReplfsError."""
         return False
 
-    async def _resync(self, what: Resyncing) -> None:
-        """A primary's only."""
-        raise NotImplementedError
-
-    async def _verify(self, what: Verification) -> None:
-        """A primary's only."""
-        raise NotImplementedError
+    async def _carry_out(self, operation: Operation, argument: Mode | Resyncing | Verification | None) -> None:
+        """Raises OSError, ReplfsError."""
+        await self._do[operation]()
 
     async def save(self, **changes: Any) -> NotDurable | None:
         """Replace the state. Raises ReplfsError: the old one stands on disk and in memory.

@@ -172,7 +172,15 @@ class PrimaryVolume(Volume):
                 with suppress(ReplfsError):  # which is in the log, and in the status
                     await self.control(Operation.CHECKPOINT)
 
-    async def _resync(self, what: Resyncing) -> None:
+    async def _carry_out(self, operation: Operation, argument: Mode | Resyncing | Verification | None) -> None:
+        if isinstance(argument, Resyncing):
+            self._resync(argument)
+        elif isinstance(argument, Verification):
+            self._verify(argument)
+        else:
+            await super()._carry_out(operation, argument)
+
+    def _resync(self, what: Resyncing) -> None:
         if what is Resyncing.PAUSE:
             self.link.resync.pause()
         elif what is not Resyncing.DISCARD_REMOTE:
@@ -195,7 +203,7 @@ class PrimaryVolume(Volume):
         if problem is not None:
             raise problem
 
-    async def _verify(self, what: Verification) -> None:
+    def _verify(self, what: Verification) -> None:
         if what.what is Verifying.STOP:
             self.link.stop_verifying()
         else:
