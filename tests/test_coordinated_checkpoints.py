@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import trio
 from disks import same
 from harness import Sides, replfs, wait_for
 from test_replication import pair
-from volumes import content
+from volumes import content, on_disk
 
 from replfs.block.replication.lineage import Ids
 from replfs.errors import ReplfsError
@@ -76,6 +77,19 @@ async def test_only_its_own_primary_may_ask_a_secondary_for_one(tmp_path: Path) 
         with pytest.raises(ReplfsError, match="speaks version 1, and this side 99"):
             await client.ask(peer.Hello(99, "", SIZE, Ids()), peer.Welcome)
         client.close()
+
+
+async def test_the_machine_does_not_write_while_the_secondary_takes_one(tmp_path: Path) -> None:
+    async with pair(tmp_path, SIZE) as (near, far):
+        met = near.link._met
+        assert met is not None
+        async with near.link._quiet(met):
+            with trio.move_on_after(0.05) as waiting:
+                await near.view.write(0, b"x" * 512)
+            assert waiting.cancelled_caught
+            assert on_disk(near)[:512] == on_disk(far)[:512] == bytes(512)
+        await near.view.write(0, b"x" * 512)
+        assert on_disk(near)[:512] == on_disk(far)[:512] == b"x" * 512
 
 
 async def test_a_secondary_between_two_states_takes_none(tmp_path: Path) -> None:
