@@ -14,7 +14,6 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-import pyfuse3
 import trio
 
 from replfs.block import storage
@@ -159,10 +158,10 @@ async def serve(
         raise service.failure
 
 
-async def _serve_mount() -> None:
+async def _serve_mount(export: FuseExport) -> None:
     """Until the unmount, also a forced one."""
     try:
-        await pyfuse3.main()
+        await mount.serve(export)
     except* ConnectionAbortedError:
         logger.warning("the mount was aborted, by umount -f or the like: the service ends")
 
@@ -200,7 +199,7 @@ class _Service:
                 self.begun = True
             if self.begun:
                 if not self._beginning.cancel_called:  # which may have come too late to end the start
-                    await _serve_mount()
+                    await _serve_mount(self._export)
                 await self.volume.settle()
             else:
                 self.failure = ReplfsError("interrupted before the file could be used", errno.EINTR)
@@ -209,12 +208,12 @@ class _Service:
         except BaseException as error:
             if self.begun or not isinstance(error, OSError):
                 if mounted:
-                    pyfuse3.close(unmount=False)
+                    mount.close(self._export, unmount=False)
                 raise
             where = f"{printable(str(error.filename))}: " if error.filename else ""  # a File's errors name it themselves
             self.failure = ReplfsError(f"cannot start: {where}{error.strerror}", error.errno or errno.EIO)
         if mounted:
-            pyfuse3.close(unmount=True)
+            mount.close(self._export, unmount=True)
 
     def _succeed(self, successor: Volume) -> None:
         self.volume = successor
@@ -238,4 +237,4 @@ class _Service:
                 except OSError as error:
                     logger.warning("what mappings have changed could not be written back: %s", error)
             await self.volume.settle()
-            pyfuse3.terminate()
+            self._export.device.end()

@@ -73,8 +73,8 @@ class Shuffling(Node):
         finally:
             self.under_way.remove((offset, stop))
 
-    async def read(self, offset: int, length: int) -> Data:
-        return bytes(self.content[offset : offset + length])
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.content[offset : offset + len(buffer)]
 
     async def write(self, offset: int, data: Data) -> None:
         await self._change(offset, bytes(data))

@@ -113,29 +113,29 @@ async def test_a_read_that_waited_for_the_disk_looks_again(tmp_path: Path) -> No
     """While the disk is read for a subcluster, its old content is saved here and the disk is overwritten: the old is read."""
     disk = raw(tmp_path / "disk.raw", b"o" * CLUSTER)
     image = overlay(tmp_path / "over.qcow2", disk)
-    plain_read = disk.read
+    plain_read = disk.read_into
 
-    async def overtaken(offset: int, length: int) -> bytes:
+    async def overtaken(offset: int, buffer: memoryview) -> None:
         if image.missing(0, SUBCLUSTER):
             await image.populate(0, b"o" * SUBCLUSTER)
             await disk.write(0, b"n" * CLUSTER)
-        return bytes(await plain_read(offset, length))
+        await plain_read(offset, buffer)
 
-    disk.read = overtaken  # type: ignore[method-assign]
+    disk.read_into = overtaken  # type: ignore[method-assign]
     assert bytes(await image.read(0, 100)) == b"o" * 100
 
 
 async def test_a_partial_write_that_waited_keeps_what_came_meanwhile(tmp_path: Path) -> None:
     disk = raw(tmp_path / "disk.raw", b"o" * CLUSTER)
     image = overlay(tmp_path / "over.qcow2", disk)
-    plain_read = disk.read
+    plain_read = disk.read_into
 
-    async def overtaken(offset: int, length: int) -> bytes:
-        disk.read = plain_read  # type: ignore[method-assign]
+    async def overtaken(offset: int, buffer: memoryview) -> None:
+        disk.read_into = plain_read  # type: ignore[method-assign]
         await image.write(1000, b"2" * 100)
-        return bytes(await plain_read(offset, length))
+        await plain_read(offset, buffer)
 
-    disk.read = overtaken  # type: ignore[method-assign]
+    disk.read_into = overtaken  # type: ignore[method-assign]
     await image.write(0, b"1" * 100)
     assert bytes(await image.read(0, 1200)) == b"1" * 100 + b"o" * 900 + b"2" * 100 + b"o" * 100
 
@@ -144,14 +144,14 @@ async def test_a_partial_write_that_waited_keeps_what_came_meanwhile(tmp_path: P
 async def test_a_partial_write_that_waited_sees_zeroes_that_came_meanwhile(tmp_path: Path, offset: int) -> None:
     disk = raw(tmp_path / "disk.raw", b"o" * CLUSTER)
     image = overlay(tmp_path / "over.qcow2", disk)
-    plain_read = disk.read
+    plain_read = disk.read_into
 
-    async def overtaken(offset: int, length: int) -> bytes:
-        disk.read = plain_read  # type: ignore[method-assign]
+    async def overtaken(offset: int, buffer: memoryview) -> None:
+        disk.read_into = plain_read  # type: ignore[method-assign]
         await image.write_zeroes(0, SUBCLUSTER)
-        return bytes(await plain_read(offset, length))
+        await plain_read(offset, buffer)
 
-    disk.read = overtaken  # type: ignore[method-assign]
+    disk.read_into = overtaken  # type: ignore[method-assign]
     await image.write(offset, b"1" * 100)
     expected = bytearray(SUBCLUSTER)
     expected[offset : offset + 100] = b"1" * 100

@@ -42,8 +42,8 @@ class Faulty(Node):
         if self.error:
             raise OSError(self.error, os.strerror(self.error))
 
-    async def read(self, offset: int, length: int) -> Data:
-        return await self.below.read(offset, length)
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await self.below.read_into(offset, buffer)
 
     async def write(self, offset: int, data: Data) -> None:
         self._check("write")

@@ -74,9 +74,9 @@ class CopyBeforeWrite(Node):
         stop = offset + length
         return offset & -SUBCLUSTER, min(stop + -stop % SUBCLUSTER, self.size)
 
-    async def read(self, offset: int, length: int) -> Data:
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
         async with self._gate:
-            return await self.disk.read(offset, length)
+            await self.disk.read_into(offset, buffer)
 
     async def write(self, offset: int, data: Data) -> None:
         start, stop = self._whole(offset, len(data))

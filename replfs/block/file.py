@@ -92,19 +92,32 @@ class File:
         except OSError as error:
             raise self._failed("read", error) from None
 
-    async def read(self, offset: int, length: int) -> Data:
-        """Bytes from ``offset`` on, fewer only at the end of the file. Suspends only if the page cache has not got them."""
-        buffer = bytearray(length)
+    async def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill the buffer with bytes from ``offset`` on; how many there were, fewer only at the end of the file.
+
+        Suspends only if the page cache has not got them.
+        """
         try:
-            if os.preadv(self.fd, [buffer], offset, self._no_wait) == length:
-                return buffer
+            got = os.preadv(self.fd, (buffer,), offset, self._no_wait)
+            if got == len(buffer):
+                return got
         except BlockingIOError:
             pass  # the page cache has nothing of it: the worker thread below reads it
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise self._failed("read", error) from None
             self._no_wait = 0  # this file system has no RWF_NOWAIT; from now on it is read in place
-        return await trio.to_thread.run_sync(self.read_now, offset, length)
+        return await trio.to_thread.run_sync(self._fill, offset, buffer)
+
+    def _fill(self, offset: int, buffer: memoryview) -> int:
+        """As :meth:`read_into`, waiting for the device in place."""
+        got = 0
+        try:
+            while got < len(buffer) and (more := os.preadv(self.fd, (buffer[got:],), offset + got)):
+                got += more
+        except OSError as error:
+            raise self._failed("read", error) from None
+        return got
 
     # Writing
 

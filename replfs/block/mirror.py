@@ -32,8 +32,8 @@ class Mirror(Node):
         """Puts what the other side has acknowledged on its stable storage; set while that is part of a flush."""
         self._wait = wait
 
-    async def read(self, offset: int, length: int) -> Data:
-        return await self.disk.read(offset, length)
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await self.disk.read_into(offset, buffer)
 
     async def write(self, offset: int, data: Data) -> None:
         if data:
@@ -71,7 +71,7 @@ class Mirror(Node):
                 if self.before_change is not None:  # the link was lost meanwhile
                     await self.before_change()
                 return
-            change = forwarder.put(offset, length, data, may_unmap)
+            change = forwarder.put(offset, length, bytes(data) if data is not None else None, may_unmap)
         # There is room on the way, or, with protocol sync, the change has arrived or is lost, when the caller goes on.
         if self._wait:
             await change.wait()

@@ -94,9 +94,9 @@ class NbdTarget(Node):
         nursery.start_soon(self._run, rest)
         return self
 
-    async def read(self, offset: int, length: int) -> Data:
-        pieces = [(await self._call(wire.NBD_CMD_READ, 0, start, size)).data for start, size in self._pieces(offset, length)]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        for start, size in self._pieces(offset, len(buffer)):
+            buffer[start - offset : start - offset + size] = (await self._call(wire.NBD_CMD_READ, 0, start, size)).data
 
     async def write(self, offset: int, data: Data) -> None:
         if len(data) <= self._info.maximum_payload:

@@ -32,12 +32,21 @@ class Node(ABC):
     size: int
 
     @abstractmethod
-    async def read(self, offset: int, length: int) -> Data:
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes from ``offset`` on."""
+
+    async def read(self, offset: int, length: int) -> bytearray:
         """``length`` bytes from ``offset`` on."""
+        buffer = bytearray(length)
+        await self.read_into(offset, memoryview(buffer))
+        return buffer
 
     @abstractmethod
     async def write(self, offset: int, data: Data) -> None:
-        """Replace the bytes from ``offset`` on. Not on stable storage until a :meth:`flush` that begins afterwards returns."""
+        """Replace the bytes from ``offset`` on. Not on stable storage until a :meth:`flush` that begins afterwards returns.
+
+        ``data`` is the caller's again when this has returned: who needs it for longer makes a copy.
+        """
 
     @abstractmethod
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:

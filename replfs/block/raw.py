@@ -15,11 +15,9 @@ class Raw(Node):
         self.file = file
         self.size = file.length()
 
-    async def read(self, offset: int, length: int) -> Data:
-        data = await self.file.read(offset, length)
-        if len(data) != length:
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        if await self.file.read_into(offset, buffer) != len(buffer):
             raise OSError(errno.EIO, f"{self.file.path} has become shorter than {self.size} bytes")
-        return data
 
     async def write(self, offset: int, data: Data) -> None:
         self.file.write(offset, data)

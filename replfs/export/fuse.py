@@ -1,8 +1,9 @@
 """The FUSE export: one file that is the view, in a root directory of its own, both with the control attributes.
 
-Owns the mount's only two inodes and translates the kernel's requests into calls on the volume's view. Guarding rule: a handler lets
-nothing out but FUSEError; anything unexpected becomes EIO for that request and a traceback in the log, since pyfuse3 would end the
-daemon for it and the machine's disk would vanish.
+Owns the mount's only two inodes and translates the kernel's requests into calls on the volume's view. The requests about the file's
+content come from :mod:`replfs.export.device`, all others from pyfuse3. Guarding rule: a handler lets nothing out but FUSEError;
+anything unexpected becomes EIO for that request and a traceback in the log, since pyfuse3 would end the daemon for it and the
+machine's disk would vanish.
 
 The kernel may cache what it read: the view changes through this mount alone, except when a control operation says so and calls
 :meth:`FuseExport.drop_cache`. For the same reason the modification time stays as it is between these operations: one that
@@ -23,7 +24,9 @@ import trio
 from pyfuse3 import FUSEError
 
 from replfs import control
+from replfs.block.node import Data
 from replfs.errors import ReplfsError
+from replfs.export.device import Device
 from replfs.volume.base import Volume
 from replfs.volume.config import MountConfig
 
@@ -47,22 +50,26 @@ def _handler(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any,
     async def guarded(*arguments: P.args, **keywords: P.kwargs) -> T:
         try:
             return await call(*arguments, **keywords)
-        except FUSEError:
-            raise
-        except OSError as error:
-            raise FUSEError(error.errno or errno.EIO) from None
-        except ReplfsError as error:
-            raise FUSEError(error.errno) from None
-        except Exception:
-            logger.exception("%s: an unexpected exception", call.__name__)
-            raise FUSEError(errno.EIO) from None
+        except Exception as error:
+            raise FUSEError(_errno(error)) from None
 
     return guarded
+
+
+def _errno(error: Exception) -> int:
+    if isinstance(error, FUSEError):
+        return int(error.errno)
+    if isinstance(error, OSError | ReplfsError):
+        return error.errno or errno.EIO
+    logger.error("a request has failed with an unexpected exception", exc_info=error)
+    return errno.EIO
 
 
 class FuseExport(pyfuse3.Operations):
     enable_writeback_cache = False
     supports_dot_lookup = False
+    device: Device
+    """There while the file system is mounted."""
 
     def __init__(self, volume: Volume, mount: MountConfig) -> None:
         super().__init__()
@@ -102,7 +109,7 @@ class FuseExport(pyfuse3.Operations):
         In a worker thread: the kernel waits for requests that only this process can answer.
         """
         try:
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, _FILE)
+            await trio.to_thread.run_sync(self.device.invalidate, _FILE)
         except OSError as error:
             if error.errno != errno.ENOENT:  # nobody has looked the file up yet
                 raise
@@ -182,28 +189,30 @@ class FuseExport(pyfuse3.Operations):
         direct = bool(flags & os.O_DIRECT)
         return pyfuse3.FileInfo(fh=_SYNC if flags & os.O_DSYNC else _PLAIN, direct_io=direct, keep_cache=not direct)
 
-    @_handler
-    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        length = min(size, self._view.size - off)
+    async def read(self, fh: int, off: int, buffer: memoryview) -> int:  # type: ignore[override]
+        length = min(len(buffer), self._view.size - off)
         if length <= 0:
-            return b""
-        return bytes(await self._view.read(off, length))
+            return 0
+        await self._view.read_into(off, buffer[:length])
+        return length
 
-    @_handler
-    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+    async def write(self, fh: int, off: int, buf: Data) -> int:
         """As to a block device: what does not fit before its end is not written."""
         room = self._view.size - off
         if room <= 0:
-            raise FUSEError(errno.ENOSPC)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         data = buf if len(buf) <= room else buf[:room]
         await self._view.write(off, data)
         if fh == _SYNC:
             await self._view.flush()
         return len(data)
 
-    @_handler
-    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+    async def fsync(self, fh: int, datasync: bool) -> None:
         await self._view.flush()
+
+    def failure(self, error: Exception) -> int:
+        """The errno for an exception that one of these three has raised."""
+        return _errno(error)
 
     @_handler
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:

@@ -5,10 +5,13 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 
 import pyfuse3
+import trio
 
 from replfs.errors import InUse, ReplfsError, printable
+from replfs.export.device import Device
 from replfs.export.fuse import FuseExport
 from replfs.protocol.nbd.uri import UnixAddress
 from replfs.volume.config import Config, MountConfig
@@ -51,6 +54,7 @@ def mount(export: FuseExport, config: Config, settings: MountConfig) -> None:
     options = {*pyfuse3.default_options, *settings.options, f"fsname={source}", "subtype=replfs"} - {"ro"}
     sys.stderr.flush()
     stderr = os.dup(2)
+    before = _open_devices()
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
@@ -63,3 +67,34 @@ def mount(export: FuseExport, config: Config, settings: MountConfig) -> None:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+    (libfuse_fd,) = _open_devices() - before
+    export.device = Device(export, libfuse_fd)
+
+
+def _open_devices() -> set[int]:
+    """Where this process has /dev/fuse open; libfuse does not tell where it has."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                found.add(int(name))
+    return found
+
+
+async def serve(export: FuseExport) -> None:
+    """Until the unmount, or :meth:`Device.end`. Raises ConnectionAbortedError after a forced unmount."""
+    device = export.device
+    async with trio.open_nursery() as answers:
+        answers.start_soon(device.serve_libfuse)
+        async with trio.open_nursery() as libfuse:
+            libfuse.start_soon(pyfuse3.main)
+            await device.serve()
+            pyfuse3.terminate()
+        device.hand_back()
+        answers.cancel_scope.cancel()
+
+
+def close(export: FuseExport, *, unmount: bool) -> None:
+    """The end of the mount, which is ``unmount``-ed unless it has been already."""
+    export.device.give_back()
+    pyfuse3.close(unmount=unmount)

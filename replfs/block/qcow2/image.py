@@ -158,53 +158,56 @@ class Image(Node):
 
     # Reading
 
-    async def read(self, offset: int, length: int) -> Data:
-        stop = offset + length
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        stop = offset + len(buffer)
         while True:
             changes = self._l2.changes
             ranges = self.ranges(offset, stop)
             try:
                 if len(ranges) == 1:
-                    data = await self._read_range(ranges[0])
+                    await self._read_range(ranges[0], buffer)
                 else:
-                    parts = []
-                    for part in ranges:
-                        parts.append(await self._read_range(part))
-                        if len(parts) % 256 == 0:  # others are to have their turn, however fragmented the image is
+                    for number, part in enumerate(ranges):
+                        await self._read_range(part, buffer[part.start - offset : part.stop - offset])
+                        if number % 256 == 255:  # others are to have their turn, however fragmented the image is
                             await trio.lowlevel.checkpoint()
-                    data = b"".join(parts)
             except OSError:  # which may be because it lies elsewhere by now
                 if changes == self._l2.changes or self.ranges(offset, stop) == ranges:
                     raise
                 continue
             if changes == self._l2.changes or self.ranges(offset, stop) == ranges:
-                return data
+                return
 
-    async def _read_range(self, part: Range) -> Data:
+    async def _read_range(self, part: Range, buffer: memoryview) -> None:
+        """Into a buffer of just that size."""
         kind, start, stop, host = part
         if kind is Kind.DATA:
-            data = await self.data.read(host, stop - start)
-            if len(data) == stop - start:
-                return data
-            if not data and not self._external and self.file.length() <= host & -self._cluster:
-                raise self._entries.damaged(start)
-            return bytes(data).ljust(stop - start, b"\0")
-        if kind is Kind.BACKING and start < self._backed:
-            return await self._read_backing(start, stop)
-        if kind is Kind.COMPRESSED:
+            got = await self.data.read_into(host, buffer)
+            if got < stop - start:
+                if not got and not self._external and self.file.length() <= host & -self._cluster:
+                    raise self._entries.damaged(start)
+                buffer[got:] = bytes(stop - start - got)
+        elif kind is Kind.BACKING and start < self._backed:
+            await self._read_backing(start, stop, buffer)
+        elif kind is Kind.COMPRESSED:
             inside = start & self._cluster - 1
-            return memoryview(await self._decompressed(host))[inside : inside + stop - start]
-        return bytes(stop - start)
+            buffer[:] = memoryview(await self._decompressed(host))[inside : inside + stop - start]
+        else:
+            buffer[:] = bytes(stop - start)
 
-    async def _read_backing(self, start: int, stop: int) -> Data:
+    async def _read_backing(self, start: int, stop: int, buffer: memoryview) -> None:
         node = self.backing
         while isinstance(node, Image) and node._refcounts is None:  # through what cannot change and holds nothing of it
             if stop > node._backed or node.missing(start, stop) != [(start, stop)]:
                 break
             node = node.backing
         assert node is not None
-        data = await node.read(start, min(stop, self._backed) - start)
-        return data if stop <= self._backed else bytes(data).ljust(stop - start, b"\0")
+        if stop <= self._backed:
+            await node.read_into(start, buffer)
+        else:
+            here = self._backed - start
+            await node.read_into(start, buffer[:here])
+            buffer[here:] = bytes(stop - self._backed)
 
     async def _decompressed(self, entry: int) -> bytes:
         plain = self._plain.get(entry)

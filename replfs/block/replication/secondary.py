@@ -62,9 +62,9 @@ class SecondaryFilter(Node):
             return self.disk
         raise OSError(errno.EIO, "replication is not running")
 
-    async def read(self, offset: int, length: int) -> Data:
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
         async with self.gate:
-            return await self._source().read(offset, length)
+            await self._source().read_into(offset, buffer)
 
     async def extents(self, offset: int, length: int, limit: int) -> list[Extent]:
         async with self.gate:

@@ -1,0 +1,102 @@
+"""Putting a side to work, and measuring: fio for all that is bytes, the clock for the rest."""
+
+import json
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.sides import BenchError, QemuSecondary, ReplfsSecondary, Side, wait_until
+
+MIB = 1 << 20
+
+
+def fio(*, uri: str = "", file: Path | None = None, rw: str, bs: str, depth: int = 1, **options: Any) -> dict[str, Any]:
+    """Run fio against an NBD export, or a file (asynchronous and direct unless the options say else); what it measured.
+
+    Raises BenchError.
+    """
+    settings: dict[str, Any] = {"name": "bench", "rw": rw, "bs": bs, "iodepth": depth, "output-format": "json", "randrepeat": 1}
+    settings |= {"ioengine": "nbd", "uri": uri} if uri else {"ioengine": "libaio", "filename": file, "direct": 1}
+    settings |= {"allow_file_create": 0, "fallocate": "none"} | options
+    if uri:
+        del settings["allow_file_create"]
+    command = ["fio", *(f"--{name}={value}" for name, value in settings.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
+    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    if job["error"]:
+        raise BenchError(f"{' '.join(command)}: error {job['error']}")
+    kind = "read" if "read" in rw else "write"
+    found = job[kind]
+    assert isinstance(found, dict)
+    return found
+
+
+def mib_per_second(**arguments: Any) -> float:
+    """As :func:`fio`."""
+    return float(fio(**arguments)["bw_bytes"]) / MIB
+
+
+def warm(disk: Path) -> None:
+    """Have a file in the page cache."""
+    buffer = bytearray(MIB)
+    with disk.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def fill(side: ReplfsSecondary | QemuSecondary, megabytes: int) -> None:
+    """Have so much in each overlay."""
+    view = side.fill_view()
+    where: dict[str, Any] = {"uri": view} if "://" in view else {"file": Path(view)}
+    what: dict[str, Any] = {"rw": "write", "bs": "1M", "depth": 4, "size": f"{megabytes}M"}
+    fio(**what, **where)
+    fio(**what, uri=side.uri)
+
+
+def seconds_of(action: Any) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def longest_stall(side: ReplfsSecondary | QemuSecondary, seconds: float) -> float:
+    """Seconds that the slowest of many NBD writes took, while a checkpoint was taken."""
+    found: list[dict[str, Any]] = []
+    options: dict[str, Any] = {"rw": "randwrite", "bs": "4k", "size": "256M", "time_based": 1, "runtime": seconds, "norandommap": 1}
+    writer = threading.Thread(target=lambda: found.append(fio(uri=side.uri, **options)))
+    writer.start()
+    time.sleep(seconds / 2 + 0.3)  # fio needs some time to start, and the checkpoint is to come amid the writes
+    side.checkpoint()
+    writer.join()
+    return float(found[0]["lat_ns"]["max"]) / 1e9
+
+
+def failover(side: ReplfsSecondary | QemuSecondary, megabytes: int) -> tuple[float, float]:
+    """Seconds from the command to the first write served, and MiB per second of the commit; the side is started anew first."""
+    side.stop()
+    side.start()
+    fill(side, megabytes)
+    os.sync()
+    if isinstance(side, ReplfsSecondary):
+        with side.file.open("r+b", buffering=0) as mounted:
+            began = time.perf_counter()
+            side.failover()
+            mounted.write(bytes(4096))
+            served = time.perf_counter() - began
+    else:
+        began = time.perf_counter()
+        side.failover()
+        side.hmp('qemu-io top "write 0 4k"')
+        served = time.perf_counter() - began
+    wait_until(side.committed, "the commit")
+    return served, megabytes / (time.perf_counter() - began)
+
+
+def hidden_per_byte(side: Side, written: float) -> float:
+    """Bytes of room in the hidden disk for each byte that was written."""
+    return side.overlay_bytes("hidden") / written

@@ -1,0 +1,215 @@
+"""The kernel's end of the mount: reads, writes and fsyncs are answered here, everything else by libfuse.
+
+libfuse mounts, and is then given one end of a socket pair in place of /dev/fuse. What the kernel asks for arrives here. The three
+requests that make up nearly all of a machine's life are carried out in a few steps; any other one is handed to libfuse as it is,
+and its answer back. So the data's path has no system call that only waits, and no copy but the kernel's own: a read goes
+into the very buffer that is the reply, and a write comes out of the one that it was received in.
+
+All workers do the same: one receives a request and carries it out; before that it sees to it that another one is awake (the
+standby), which goes on receiving if the request has to wait. While requests come one upon the other, whoever receives asks for the
+next one again and again for a moment rather than go to sleep: waking up takes longer than what is asked for.
+
+Guarding rule: only the worker that has set ``_receiving`` reads from the device; its buffer is its own.
+
+The messages are those of the kernel's ``include/uapi/linux/fuse.h``, in the machine's byte order: ``fuse_in_header`` and
+``fuse_out_header`` with ``fuse_read_in``, ``fuse_write_in``, ``fuse_write_out`` and ``fuse_notify_inval_inode_out``.
+"""
+
+import errno
+import os
+import socket
+import struct
+import time
+from contextlib import suppress
+from typing import Final, Protocol
+
+import trio
+
+from replfs.block.node import Data
+
+_READ: Final = 15
+_WRITE: Final = 16
+_FSYNC: Final = 20
+_INTERRUPT: Final = 36
+_NOTIFY_INVAL_INODE: Final = 2
+
+_REQUEST: Final = struct.Struct("=IIQQIIIIQQI")
+"""fuse_in_header (length, opcode, unique, node, uid, gid, pid, extensions), and what a read and a write begin with alike: file
+handle, offset, size. An fsync has a file handle there, too."""
+_DATA_AT: Final = 80
+_REPLY: Final = struct.Struct("=IiQ")  # length, error, unique
+_WRITTEN: Final = struct.Struct("=IiQII")  # the same, and size, padding
+_INVALIDATE: Final = struct.Struct("=IiQQqq")  # the same, and node, offset, length
+
+_LARGEST: Final = 1 << 20  # bytes of one read or write, as libfuse agrees with the kernel
+_WORKERS: Final = 32
+_TURNS: Final = 32  # requests that are answered before other tasks get a turn, should none of them have to wait
+_SPIN_SECONDS: Final = 60e-6
+_BRISK_SECONDS: Final = 200e-6
+"""Who had to wait for less than this goes on asking for a moment before it goes to sleep the next time."""
+_CONTROL_BYTES: Final = 1 << 20
+
+
+class Content(Protocol):
+    """Who answers the requests about the file's content; what they raise is turned into an errno by :meth:`failure`."""
+
+    async def read(self, fh: int, off: int, buffer: memoryview) -> int:
+        """Put what is there into the buffer: how many bytes."""
+
+    async def write(self, fh: int, off: int, buf: Data) -> int:
+        """How many bytes were written. ``buf`` is somebody else's when this has returned."""
+
+    async def fsync(self, fh: int, datasync: bool) -> None: ...
+
+    def failure(self, error: Exception) -> int:
+        """The errno for an exception."""
+
+
+class Device:
+    """Owns /dev/fuse until :meth:`give_back`."""
+
+    def __init__(self, content: Content, libfuse_fd: int) -> None:
+        """``libfuse_fd``: where libfuse has /dev/fuse open, just mounted."""
+        self._content = content
+        self._libfuse_fd = libfuse_fd
+        self._fd = os.dup(libfuse_fd)
+        os.set_inheritable(self._fd, False)
+        self._libfuse, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            os.dup2(theirs.fileno(), libfuse_fd, inheritable=False)
+        self._libfuse.setblocking(False)
+        os.set_blocking(self._fd, False)
+        self._ended = False
+        self._receiving = False
+        self._idle = trio.lowlevel.ParkingLot()  # workers without work
+        self._standby = False  # one of them has been woken and did not run yet
+        self._turn = 0
+        self._brisk = False
+        self._may_spin = len(os.sched_getaffinity(0)) > 1
+
+    def give_back(self) -> None:
+        """Let libfuse have /dev/fuse again, so that it finds out by itself whether there is anything to unmount."""
+        os.dup2(self._fd, self._libfuse_fd, inheritable=False)
+        os.close(self._fd)
+        self._libfuse.close()
+
+    def invalidate(self, inode: int) -> None:
+        """Have the kernel write back and forget what it caches of a file, and its attributes.
+
+        For a worker thread: this returns when requests that it leads to have been served. Raises OSError.
+        """
+        os.write(self._fd, _INVALIDATE.pack(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, inode, 0, 0))
+
+    # Serving
+
+    async def serve(self) -> None:
+        """Until the unmount, or :meth:`end`. Raises ConnectionAbortedError after a forced unmount."""
+        async with trio.open_nursery() as workers:
+            for _ in range(_WORKERS):
+                workers.start_soon(self._work)
+
+    def end(self) -> None:
+        """Receive no more; what has been received is still answered."""
+        self._ended = True
+        trio.lowlevel.notify_closing(self._fd)
+        self._idle.unpark_all()
+
+    async def _work(self) -> None:
+        """A worker: whatever changes something does so while awake, and looks here again before it parks."""
+        buffer = bytearray(_DATA_AT + _LARGEST)
+        view, buffers = memoryview(buffer), [buffer]
+        while not self._ended:
+            if self._receiving:
+                await self._idle.park()
+                self._standby = False
+                continue
+            self._receiving = True
+            try:
+                length = await self._receive(buffers)
+            finally:
+                self._receiving = False
+            if not length:
+                self._ended = True
+                break
+            if not self._standby:
+                self._standby = True
+                self._idle.unpark()
+            await self._answer(view, length)
+            self._turn += 1
+            if self._turn % _TURNS == 0:
+                await trio.lowlevel.checkpoint()
+        self._idle.unpark_all()
+
+    async def _receive(self, buffers: list[bytearray]) -> int:
+        """The next request: its length in bytes, 0 if there will not be any."""
+        until = 0.0
+        while True:
+            try:
+                return os.readv(self._fd, buffers)
+            except BlockingIOError:
+                pass
+            except FileNotFoundError:  # a request that was taken back meanwhile
+                continue
+            except OSError as error:
+                if error.errno == errno.ENODEV:  # the file system has been unmounted
+                    return 0
+                raise
+            now = time.perf_counter()
+            if self._brisk and not until:
+                until = now + _SPIN_SECONDS
+            if now >= until:
+                try:
+                    await trio.lowlevel.wait_readable(self._fd)
+                except trio.ClosedResourceError:
+                    return 0
+                self._brisk = self._may_spin and time.perf_counter() - now < _BRISK_SECONDS
+                until = 0.0
+
+    async def _answer(self, view: memoryview, length: int) -> None:
+        _, opcode, unique, _, _, _, _, _, handle, offset, size = _REQUEST.unpack_from(view)
+        try:
+            if opcode == _READ:
+                got = await self._content.read(handle, offset, view[_REPLY.size : _REPLY.size + min(size, _LARGEST)])
+                _REPLY.pack_into(view, 0, _REPLY.size + got, 0, unique)
+                self._reply(view[: _REPLY.size + got])
+            elif opcode == _WRITE:
+                written = await self._content.write(handle, offset, view[_DATA_AT : _DATA_AT + size])
+                self._reply(_WRITTEN.pack(_WRITTEN.size, 0, unique, written, 0))
+            elif opcode == _FSYNC:
+                await self._content.fsync(handle, True)
+                self._reply(_REPLY.pack(_REPLY.size, 0, unique))
+            elif opcode != _INTERRUPT:  # which nothing here takes so long that it would have to heed
+                await self._to_libfuse(view[:length])
+        except Exception as error:
+            self._reply(_REPLY.pack(_REPLY.size, -self._content.failure(error), unique))
+
+    def _reply(self, message: Data) -> None:
+        try:
+            os.write(self._fd, message)
+        except FileNotFoundError:
+            pass  # nobody waits for it any more
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.ECONNABORTED):  # the mount has ended meanwhile, as who receives finds out
+                raise
+
+    # libfuse
+
+    async def _to_libfuse(self, message: memoryview) -> None:
+        while True:
+            try:
+                self._libfuse.send(message)
+                return
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._libfuse)
+
+    async def serve_libfuse(self) -> None:
+        """Hand its answers back, until cancelled."""
+        while True:
+            self.hand_back()
+            await trio.lowlevel.wait_readable(self._libfuse)
+
+    def hand_back(self) -> None:
+        """The answers that libfuse has given so far."""
+        with suppress(BlockingIOError):
+            while True:
+                self._reply(self._libfuse.recv(_CONTROL_BYTES))
