@@ -73,11 +73,10 @@ def _copy(disk: Path, path: Path) -> Path:
 
 
 def _checkpoint(found: dict[str, Side]) -> None:
-    """Empty overlays, and disks that are in the page cache and nowhere to be written back."""
+    """Empty overlays, and nothing that is still to be written back."""
     for side in found.values():
         if not isinstance(side, sides.PlainFile):
             side.checkpoint()
-        load.warm(side.disk)
     os.sync()
 
 
@@ -85,14 +84,14 @@ def _fuse(name: str, goal: float, rw: str, bs: str, depth: int, **options: Any) 
     return Workload(
         f"FUSE {name}",
         "MiB/s",
-        lambda side: load.mib_per_second(file=side.file, rw=rw, bs=bs, depth=depth, **options),
+        lambda side: load.mib_per_second(side, file=side.file, rw=rw, bs=bs, depth=depth, **options),
         at_least(goal),
     )
 
 
 def _nbd(name: str, goals: tuple[Goal, ...], rw: str, bs: str, depth: int, **options: Any) -> Workload:
     return Workload(
-        f"NBD {name}", "MiB/s", lambda side: load.mib_per_second(uri=side.uri, rw=rw, bs=bs, depth=depth, **options), goals
+        f"NBD {name}", "MiB/s", lambda side: load.mib_per_second(side, uri=side.uri, rw=rw, bs=bs, depth=depth, **options), goals
     )
 
 
@@ -117,7 +116,7 @@ def _views(folder: Path, disk: Path) -> dict[str, Side]:
 def _buffered_again(side: Side) -> float:
     options: dict[str, Any] = {"direct": 0, "ioengine": "psync", "invalidate": 0, "size": "256M"}
     load.fio(file=side.file, rw="read", bs="1M", **options)
-    return load.mib_per_second(file=side.file, rw="read", bs="1M", loops=4, **options)
+    return load.mib_per_second(side, file=side.file, rw="read", bs="1M", loops=4, **options)
 
 
 VIEW = Scenario(
@@ -253,7 +252,7 @@ def _primary(name: str, rw: str, bs: str, depth: int, **options: Any) -> Workloa
     return Workload(
         f"primary, {name}",
         "MiB/s",
-        lambda side: load.mib_per_second(file=side.file, rw=rw, bs=bs, depth=depth, **options),
+        lambda side: load.mib_per_second(side, file=side.file, rw=rw, bs=bs, depth=depth, **options),
         (Goal(2), Goal(0.7, theirs="replfs alone")),
     )
 
@@ -289,7 +288,7 @@ def _huge(folder: Path, disk: Path) -> dict[str, Side]:
 
 def _huge_writes(side: Side) -> float:
     options: dict[str, Any] = {"size": HUGE_SIZE, "norandommap": 1, "number_ios": _HUGE_WRITES, "random_generator": "tausworthe64"}
-    return load.mib_per_second(file=side.file, rw="randwrite", bs="4k", depth=32, **options)
+    return load.mib_per_second(side, file=side.file, rw="randwrite", bs="4k", depth=32, **options)
 
 
 def _growth(side: Any) -> float:

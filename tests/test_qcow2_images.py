@@ -409,14 +409,14 @@ async def test_requests_side_by_side_that_share_clusters(
 ) -> None:
     """The parts of the disk belong to one task each, and those of a cluster to several. Every read from a file gives way first."""
     random_ = random.Random(f"side by side {name} {seed}")
-    read = File.read
+    read_into = File.read_into
 
-    async def slow_read(self: File, offset: int, length: int) -> Data:
+    async def slow_read(self: File, offset: int, buffer: memoryview) -> int:
         for _ in range(random_.randrange(4)):
             await trio.lowlevel.checkpoint()
-        return await read(self, offset, length)
+        return await read_into(self, offset, buffer)
 
-    monkeypatch.setattr(File, "read", slow_read)
+    monkeypatch.setattr(File, "read_into", slow_read)
     guest = Guest(name, templates(name, tmp_path / "image"), cache=SMALL_CACHE)
     size = len(guest.model)
     middle = random_.randrange(0, size, guest.kind.cluster)
@@ -452,13 +452,13 @@ async def test_requests_side_by_side_that_share_clusters(
 async def test_writers_that_share_one_cluster_do_not_lose_each_other(
     templates: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    read = File.read
+    read_into = File.read_into
 
-    async def slow_read(self: File, offset: int, length: int) -> Data:
+    async def slow_read(self: File, offset: int, buffer: memoryview) -> int:
         await trio.lowlevel.checkpoint()
-        return await read(self, offset, length)
+        return await read_into(self, offset, buffer)
 
-    monkeypatch.setattr(File, "read", slow_read)
+    monkeypatch.setattr(File, "read_into", slow_read)
     guest = Guest(name, templates(name, tmp_path / "image"))
     step = guest.kind.cluster // 16
     with trio.fail_after(30):

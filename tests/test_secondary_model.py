@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from volumes import content, on_disk, secondary, until_stage
 
 from replfs.block.file import File
-from replfs.block.node import Data, Node
+from replfs.block.node import Node
 from replfs.block.qcow2.overlay import CLUSTER, SUBCLUSTER
 from replfs.block.replication.rules import Operation, Stage
 from replfs.volume.secondary import SecondaryVolume
@@ -36,15 +36,15 @@ step = st.one_of(batch, batch, st.sampled_from(["checkpoint", "remount", "stop",
 
 @pytest.fixture(autouse=True)
 def taking_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = File.read
+    plain = File.read_into
 
-    async def read(self: File, offset: int, length: int) -> Data:
+    async def read_into(self: File, offset: int, buffer: memoryview) -> int:
         await trio.lowlevel.checkpoint()
-        data = await plain(self, offset, length)
+        got = await plain(self, offset, buffer)
         await trio.lowlevel.checkpoint()
-        return data
+        return got
 
-    monkeypatch.setattr(File, "read", read)
+    monkeypatch.setattr(File, "read_into", read_into)
 
 
 class Model:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
+from replfs.block.file import File
 from replfs.block.locks import Gate, RangeLocks
 from replfs.block.node import Data, Extent, Node
 from replfs.block.qcow2.image import Image
@@ -73,6 +74,33 @@ class CopyBeforeWrite(Node):
     def _whole(self, offset: int, length: int) -> tuple[int, int]:
         stop = offset + length
         return offset & -SUBCLUSTER, min(stop + -stop % SUBCLUSTER, self.size)
+
+    def locate(self, start: int, stop: int) -> tuple[File, int] | None:
+        return None if self._gate.shutting else self.disk.locate(start, stop)
+
+    def write_at_once(self, offset: int, data: Data) -> bool:
+        if self._gate.shutting or self.fenced or self.unsettled is not None:
+            return False
+        start, stop = self._whole(offset, len(data))
+        if not self._locks.free(start, stop):
+            return False
+        with self._reporting():
+            if self.hidden is not None and not self._save_at_once(self.hidden, start, stop):
+                return False
+            return self.disk.write_at_once(offset, data)
+
+    def _save_at_once(self, hidden: Image, start: int, stop: int) -> bool:
+        """As :meth:`_save`, if nothing is to be saved, or that can be done without waiting."""
+        missing = hidden.missing(start, stop)
+        if not missing:
+            return not self._durable or self._unfinished <= self._finished
+        if self._durable:
+            return False
+        for first, last in missing:
+            old = memoryview(bytearray(last - first))
+            if not self.disk.read_at_once(first, old) or not hidden.populate_at_once(first, old):
+                return False
+        return True
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         async with self._gate:

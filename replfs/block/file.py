@@ -2,8 +2,8 @@
 
 Owns one file descriptor. What it promises:
 
-* :meth:`File.read` answers from the page cache without suspending, and goes to a worker thread only for what the cache does
-  not hold, so a reader must expect both.
+* :meth:`File.read_into` answers from the page cache without suspending, and goes to a worker thread only for what the cache does
+  not hold, so a reader must expect both; :meth:`File.read_cached` does only the former.
 * :meth:`File.write` and :meth:`File.read_now` never suspend. Nodes build their atomic steps on that: between a look-up and the
   last write that depends on it nothing else runs.
 * :meth:`File.sync` returns after an ``fdatasync`` that began after it was called. Callers that come together share one, and a file
@@ -92,21 +92,22 @@ class File:
         except OSError as error:
             raise self._failed("read", error) from None
 
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer with bytes from ``offset`` on, if the page cache has them all. Never suspends."""
+        try:
+            return os.preadv(self.fd, (buffer,), offset, self._no_wait) == len(buffer)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                self._no_wait = 0  # this file system has no RWF_NOWAIT; from now on it is read in place
+            return False  # of an error a read that may wait has more to say
+
     async def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill the buffer with bytes from ``offset`` on; how many there were, fewer only at the end of the file.
 
         Suspends only if the page cache has not got them.
         """
-        try:
-            got = os.preadv(self.fd, (buffer,), offset, self._no_wait)
-            if got == len(buffer):
-                return got
-        except BlockingIOError:
-            pass  # the page cache has nothing of it: the worker thread below reads it
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise self._failed("read", error) from None
-            self._no_wait = 0  # this file system has no RWF_NOWAIT; from now on it is read in place
+        if self.read_cached(offset, buffer):
+            return len(buffer)
         return await trio.to_thread.run_sync(self._fill, offset, buffer)
 
     def _fill(self, offset: int, buffer: memoryview) -> int:

@@ -20,6 +20,10 @@ class RangeLocks:
     def __init__(self) -> None:
         self._ranges: list[_Held] = []  # held and awaited ones, in the order of their coming
 
+    def free(self, start: int, stop: int) -> bool:
+        """Whether nobody holds or awaits a byte of ``start .. stop``: then they may be used until the next await."""
+        return not self._ranges or all(stop <= held._start or held._stop <= start for held in self._ranges)
+
     def hold(self, start: int, stop: int) -> "_Held":
         return _Held(self._ranges, start, stop)
 
@@ -64,6 +68,8 @@ class Gate:
     """
 
     def __init__(self) -> None:
+        self.shutting = False
+        """Whether somebody shuts it; a request that does not suspend needs no passage otherwise."""
         self._inside = 0
         self._open = trio.Event()
         self._open.set()
@@ -84,6 +90,7 @@ class Gate:
     async def shut(self) -> AsyncIterator[None]:
         async with self._shutting:
             self._open = trio.Event()
+            self.shutting = True
             try:
                 if self._inside:
                     self._empty = trio.Event()
@@ -91,4 +98,5 @@ class Gate:
                 yield
             finally:
                 self._empty = None
+                self.shutting = False
                 self._open.set()

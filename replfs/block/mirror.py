@@ -10,6 +10,7 @@ range lock over what they do to the disk and the queueing, so that both sides ge
 
 from collections.abc import Awaitable, Callable
 
+from replfs.block.file import File
 from replfs.block.locks import Gate, RangeLocks
 from replfs.block.node import Data, Extent, Node
 from replfs.block.replication.forwarder import Forwarder
@@ -34,6 +35,39 @@ class Mirror(Node):
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         await self.disk.read_into(offset, buffer)
+
+    def locate(self, start: int, stop: int) -> tuple[File, int] | None:
+        return self.disk.locate(start, stop)
+
+    def write_at_once(self, offset: int, data: Data) -> bool:
+        forwarder, length = self.forwarder, len(data)
+        stop = offset + length
+        if (
+            forwarder is None
+            or not length
+            or self._wait
+            or self.gate.shutting
+            or self.before_change is not None
+            or not self.locks.free(offset, stop)
+            or forwarder.held + length > forwarder.window
+            or not forwarder.tracking.is_hot(offset, length)
+        ):
+            return False
+        tracking = forwarder.tracking
+        first, last = Tracking.span(offset, length)
+        tracking.begin(first, last)
+        try:
+            if not self.disk.write_at_once(offset, data):
+                tracking.not_begun(first, last)
+                return False
+        except BaseException:
+            self._not_sent(tracking, first, last)
+            raise
+        if not forwarder.attached or tracking.is_stale(first, last):
+            self._not_sent(tracking, first, last)
+        else:
+            forwarder.put(offset, length, bytes(data))
+        return True
 
     async def write(self, offset: int, data: Data) -> None:
         if data:

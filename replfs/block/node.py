@@ -4,13 +4,19 @@ A *node* holds the bytes of a disk or passes them to nodes below it; exports and
 Every method that takes a range takes one that lies within ``0 .. size``: whoever lets the outside in (the exports) checks
 that first. Zero-length requests are allowed and do nothing.
 
+Most requests need not wait for anything. For these there are :meth:`Node.read_at_once` and :meth:`Node.write_at_once`, which do not
+suspend: whoever serves requests tries them first, and so has no coroutine, nor any other task's turn, on the way of a request.
+
 I/O that fails raises ``OSError`` with the errno that the caller is to get. Requests may be under way side by side; of two that
 overlap, and of which one writes, the later begins only when the earlier has ended, or the bytes they share are undefined, as on
 a disk. Nodes that need more order than that take it themselves (:mod:`replfs.block.locks`).
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from replfs.block.file import File
 
 Data = bytes | bytearray | memoryview
 
@@ -40,6 +46,22 @@ class Node(ABC):
         buffer = bytearray(length)
         await self.read_into(offset, memoryview(buffer))
         return buffer
+
+    def locate(self, start: int, stop: int) -> "tuple[File, int] | None":
+        """Where the bytes ``start .. stop`` lie as they are, in one piece: a file, and the place in it. Valid until the next await.
+
+        None if that is not so, or not this simple; then :meth:`read_into` tells.
+        """
+        return None
+
+    def read_at_once(self, offset: int, buffer: memoryview) -> bool:
+        """As :meth:`read_into`, if that need not wait; False if it may, and whatever is in the buffer then means nothing."""
+        found = self.locate(offset, offset + len(buffer))
+        return found is not None and found[0].read_cached(found[1], buffer)
+
+    def write_at_once(self, offset: int, data: Data) -> bool:
+        """As :meth:`write`, if that need not wait; False if it may, and it is to be called then."""
+        return False
 
     @abstractmethod
     async def write(self, offset: int, data: Data) -> None:

@@ -19,6 +19,13 @@ class Raw(Node):
         if await self.file.read_into(offset, buffer) != len(buffer):
             raise OSError(errno.EIO, f"{self.file.path} has become shorter than {self.size} bytes")
 
+    def locate(self, start: int, stop: int) -> tuple[File, int] | None:
+        return self.file, start
+
+    def write_at_once(self, offset: int, data: Data) -> bool:
+        self.file.write(offset, data)
+        return True
+
     async def write(self, offset: int, data: Data) -> None:
         self.file.write(offset, data)
 

@@ -167,6 +167,11 @@ class Tracking:
         for block in range(first, last + 1):
             pending[block] = pending.get(block, 0) + 1
 
+    def not_begun(self, first: int, last: int) -> None:
+        """Nothing was changed after all."""
+        for block in range(first, last + 1):
+            self._done(block)
+
     def acknowledged(self, first: int, last: int) -> None:
         """The other side has the change; what it has flushed since counts."""
         for block in range(first, last + 1):

@@ -53,7 +53,13 @@ _CONTROL_BYTES: Final = 1 << 20
 class Content(Protocol):
     """Who answers the requests about the file's content; what they raise is turned into an errno by :meth:`failure`."""
 
-    async def read(self, fh: int, off: int, buffer: memoryview) -> int:
+    def read_at_once(self, off: int, buffer: memoryview) -> int:
+        """As :meth:`read`, if that need not wait, else -1."""
+
+    def write_at_once(self, fh: int, off: int, buf: Data) -> int:
+        """As :meth:`write`, if that need not wait, else -1."""
+
+    async def read(self, off: int, buffer: memoryview) -> int:
         """Put what is there into the buffer: how many bytes."""
 
     async def write(self, fh: int, off: int, buf: Data) -> int:
@@ -131,10 +137,12 @@ class Device:
             if not length:
                 self._ended = True
                 break
-            if not self._standby:
-                self._standby = True
-                self._idle.unpark()
-            await self._answer(view, length)
+            request = _REQUEST.unpack_from(buffer)
+            if not self._answer_at_once(request, view):
+                if self._idle and not self._standby:
+                    self._standby = True
+                    self._idle.unpark()
+                await self._answer(request, view, length)
             self._turn += 1
             if self._turn % _TURNS == 0:
                 await trio.lowlevel.checkpoint()
@@ -165,11 +173,31 @@ class Device:
                 self._brisk = self._may_spin and time.perf_counter() - now < _BRISK_SECONDS
                 until = 0.0
 
-    async def _answer(self, view: memoryview, length: int) -> None:
-        _, opcode, unique, _, _, _, _, _, handle, offset, size = _REQUEST.unpack_from(view)
+    def _answer_at_once(self, request: tuple[int, ...], view: memoryview) -> bool:
+        """As :meth:`_answer`, if that need not wait."""
+        _, opcode, unique, _, _, _, _, _, handle, offset, size = request
         try:
             if opcode == _READ:
-                got = await self._content.read(handle, offset, view[_REPLY.size : _REPLY.size + min(size, _LARGEST)])
+                if (got := self._content.read_at_once(offset, view[_REPLY.size : _REPLY.size + size])) < 0:
+                    return False
+                _REPLY.pack_into(view, 0, _REPLY.size + got, 0, unique)
+                self._reply(view[: _REPLY.size + got])
+            elif opcode == _WRITE:
+                if (written := self._content.write_at_once(handle, offset, view[_DATA_AT : _DATA_AT + size])) < 0:
+                    return False
+                self._reply(_WRITTEN.pack(_WRITTEN.size, 0, unique, written, 0))
+            else:
+                return False
+        except Exception as error:
+            self._reply(_REPLY.pack(_REPLY.size, -self._content.failure(error), unique))
+        return True
+
+    async def _answer(self, request: tuple[int, ...], view: memoryview, length: int) -> None:
+        """Carry a request out, or have it carried out. The buffer has all of it, unless it is a read: then the reply is there."""
+        _, opcode, unique, _, _, _, _, _, handle, offset, size = request
+        try:
+            if opcode == _READ:
+                got = await self._content.read(offset, view[_REPLY.size : _REPLY.size + size])
                 _REPLY.pack_into(view, 0, _REPLY.size + got, 0, unique)
                 self._reply(view[: _REPLY.size + got])
             elif opcode == _WRITE:

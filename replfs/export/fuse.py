@@ -189,7 +189,20 @@ class FuseExport(pyfuse3.Operations):
         direct = bool(flags & os.O_DIRECT)
         return pyfuse3.FileInfo(fh=_SYNC if flags & os.O_DSYNC else _PLAIN, direct_io=direct, keep_cache=not direct)
 
-    async def read(self, fh: int, off: int, buffer: memoryview) -> int:  # type: ignore[override]
+    def read_at_once(self, off: int, buffer: memoryview) -> int:
+        room = self._view.size - off
+        if room < len(buffer):
+            if room <= 0:
+                return 0
+            buffer = buffer[:room]
+        return len(buffer) if self._view.read_at_once(off, buffer) else -1
+
+    def write_at_once(self, fh: int, off: int, buf: Data) -> int:
+        if fh == _SYNC or self._view.size - off < len(buf):
+            return -1
+        return len(buf) if self._view.write_at_once(off, buf) else -1
+
+    async def read(self, off: int, buffer: memoryview) -> int:  # type: ignore[override]
         length = min(len(buffer), self._view.size - off)
         if length <= 0:
             return 0

@@ -51,6 +51,7 @@ _RECEIVE_SIZE: Final = 256 << 10
 _REQUEST_COST: Final = 16 << 10  # bytes that a request is taken to hold besides its payload; a BLOCK_STATUS reply is the largest
 _MAX_EXTENTS: Final = 1024  # in one BLOCK_STATUS reply
 _LARGE: Final = 64 << 10  # from this size on, a reply's data is sent by itself rather than copied together with others
+_BATCH: Final = 64  # replies, of which a read has two parts, that are sent before more requests are carried out
 _TURNS: Final = 32  # requests that are carried out before other tasks get a turn, should none of them have to wait
 
 _PATH_LIMIT: Final = 107  # unix(7): sun_path, with a NUL at its end
@@ -254,7 +255,12 @@ class _Connection:
     async def _work(self) -> None:
         """A worker: whatever changes something does so while awake, and looks here again before it parks."""
         while not self._closed:
-            if self._may_begin():
+            if self._queue and len(self._replies) < _BATCH and self._at_once(self._queue[0]):
+                self._queue.popleft()
+                self._turn += 1
+                if self._turn % _TURNS == 0:
+                    await trio.lowlevel.checkpoint()
+            elif self._may_begin():
                 if not self._standby:
                     self._standby = True
                     self._idle.unpark()
@@ -278,6 +284,40 @@ class _Connection:
         if not self._queue or not (self._standby or self._idle):
             return False
         return not self._held or self._held + _cost(self._queue[0]) <= MAX_HELD
+
+    def _at_once(self, request: Request) -> bool:
+        """Carry a request out if that need not wait, and there is room."""
+        flags, kind, _, offset, length, data = request
+        if kind > wire.NBD_CMD_WRITE or flags & wire.NBD_CMD_FLAG_FUA:
+            return False
+        cost = _cost(request)
+        if (self._held and self._held + cost > MAX_HELD) or self._transmission.check(request) is not None:
+            return False
+        try:
+            if kind == wire.NBD_CMD_WRITE:
+                if not self._node.write_at_once(offset, data):
+                    return False
+                self._replies.append(self._transmission.success(request))
+            else:
+                content = bytearray(length)
+                if not self._node.read_at_once(offset, memoryview(content)):
+                    return False
+                self._replies += (self._transmission.read_header(request), content)
+        except Exception as error:
+            self._fail(request, error)
+        self._held += cost
+        self._replied += cost
+        return True
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if isinstance(error, OSError):
+            number, why = wire.ERROR_OF_ERRNO.get(error.errno or errno.EIO, wire.NBD_EIO), error.strerror or str(error)
+        else:
+            logger.error(
+                "an NBD request (type %d, %d bytes at %d) failed", request.type, request.length, request.offset, exc_info=error
+            )
+            number, why = wire.NBD_EIO, "unexpected error, see the server's log"
+        self._replies.append(self._transmission.failure(request, number, why))
 
     def _take(self, data: bytes) -> None:
         self._queue.extend(self._transmission.receive(data))
@@ -327,12 +367,8 @@ class _Connection:
         else:
             try:
                 await self._ask_node(request)
-            except OSError as error:
-                nbd_error = wire.ERROR_OF_ERRNO.get(error.errno or errno.EIO, wire.NBD_EIO)
-                self._replies.append(transmission.failure(request, nbd_error, error.strerror or str(error)))
-            except Exception:
-                logger.exception("an NBD request (type %d, %d bytes at %d) failed", request.type, request.length, request.offset)
-                self._replies.append(transmission.failure(request, wire.NBD_EIO, "unexpected error, see the server's log"))
+            except Exception as error:
+                self._fail(request, error)
         self._replied += cost
 
     async def _ask_node(self, request: Request) -> None:

@@ -22,6 +22,9 @@ PLACE: Final = COPIED | COMPRESSED | HOST_OFFSET
 _ALL_ALLOCATED: Final = 0xFFFF_FFFF
 _ALL_ZERO: Final = 0xFFFF_FFFF << 32
 
+NOT_HELD: Final = -1
+NOT_SIMPLE: Final = -2
+
 
 class Kind(enum.Enum):
     """Where a subcluster's bytes are."""
@@ -105,6 +108,27 @@ class Entries:
             else:
                 extend(found, Kind.BACKING, start, until, 0)
             start = until
+
+    def place(self, entry: int, bitmap: int, start: int, stop: int) -> int:
+        """Where ``start .. stop``, within one cluster, lies in the data file if it is data, and nothing else.
+
+        :data:`NOT_HELD` if the backing node has all of it, :data:`NOT_SIMPLE` if it is anything else, or damaged.
+        """
+        host = entry & HOST_OFFSET
+        if entry & COMPRESSED or host & self._cluster - 1:
+            return NOT_SIMPLE
+        if self.words == 2:
+            if entry & ZERO or bitmap & bitmap >> 32 or (bitmap & _ALL_ALLOCATED and not host):
+                return NOT_SIMPLE
+            wanted = self._bitmap(start >> self._bits, start, stop)
+            told = bitmap & (wanted | wanted << 32)
+            if told != wanted:
+                return NOT_SIMPLE if told else NOT_HELD
+        elif entry & ZERO:
+            return NOT_SIMPLE
+        if host:
+            return host + (start & self._cluster - 1)
+        return NOT_SIMPLE if entry or bitmap else NOT_HELD
 
     def own(self, entry: int) -> bool:
         """Whether an entry has a cluster that is this image's alone."""

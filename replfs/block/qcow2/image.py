@@ -25,7 +25,7 @@ from replfs.block.node import Data, Extent, Node, merge
 from replfs.block.qcow2 import bitmaps, snapshots
 from replfs.block.qcow2.changes import Changes
 from replfs.block.qcow2.compression import decompress, descriptor
-from replfs.block.qcow2.entries import COMPRESSED, COPIED, PLACE, Entries, Kind, Range, extend
+from replfs.block.qcow2.entries import COMPRESSED, COPIED, NOT_HELD, PLACE, Entries, Kind, Range, extend
 from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL, AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, HOST_OFFSET, JOURNAL_NAME, Header
 from replfs.block.qcow2.integrity import Integrity
 from replfs.block.qcow2.journal import Full, Journal
@@ -157,6 +157,29 @@ class Image(Node):
         )
 
     # Reading
+
+    def locate(self, start: int, stop: int) -> tuple[File, int] | None:
+        bits = self._cluster_bits
+        cluster = start >> bits
+        if stop - 1 >> bits == cluster:
+            table = self._l2.slice(cluster >> self._slice_bits)
+            at = (cluster & self._slice_mask) * self._words
+            if table is not None and (table[at] or table[at + self._words - 1]):
+                host = self._entries.place(table[at], table[at + 1] if self._words == 2 else 0, start, stop)
+                if host >= 0:
+                    return self.data, host
+                if host != NOT_HELD:
+                    return None
+        else:
+            ranges = self.ranges(start, stop)
+            if len(ranges) != 1 or ranges[0].kind not in (Kind.DATA, Kind.BACKING):
+                return None
+            if ranges[0].kind is Kind.DATA:
+                return self.data, ranges[0].host
+        if stop > self._backed:
+            return None
+        assert self.backing is not None
+        return self.backing.locate(start, stop)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         stop = offset + len(buffer)
@@ -335,6 +358,30 @@ class Image(Node):
         at = (cluster & self._slice_mask) * self._words
         return table[at], table[at + 1] if self._words == 2 else 0
 
+    def write_at_once(self, offset: int, data: Data) -> bool:
+        stop = offset + len(data)
+        if stop == offset or self._overwrite(offset, stop, data):
+            return True
+        mask = self._cluster - 1
+        if offset & mask and offset & self._entries.unit(*self._entry(offset), offset) - 1:
+            return False
+        if stop & mask and stop & self._entries.unit(*self._entry(stop - 1), stop - 1) - 1:
+            return False
+        return self._at_once(lambda: self._store(offset, stop, offset, data))
+
+    def _at_once(self, change: Callable[[], object]) -> bool:
+        """As :meth:`_retried`, of a change that does not suspend; False if it has not been made in whole, and is to be repeated."""
+        changes = self.changes
+        assert changes is not None
+        if changes.has_room or (changes.deferred and changes.journal is None):
+            return False
+        try:
+            changes.check_room()
+            change()
+        except Full:
+            return False
+        return True
+
     async def write(self, offset: int, data: Data) -> None:
         stop = offset + len(data)
         if stop == offset or self._overwrite(offset, stop, data):
@@ -382,6 +429,10 @@ class Image(Node):
         self.data.write(host + (offset & self._cluster - 1), data)
         return True
 
+    def populate_at_once(self, offset: int, data: Data) -> bool:
+        """As :meth:`populate`, if that need not wait; False if it may, and it is to be called then."""
+        return self._at_once(lambda: self._save(offset, data))
+
     async def populate(self, offset: int, data: Data) -> None:
         """Save what the backing node has, in whole subclusters that are missing here (the last one may end with the disk).
 
@@ -390,6 +441,9 @@ class Image(Node):
         await self._retried(lambda: self._populate(offset, data))
 
     async def _populate(self, offset: int, data: Data) -> None:
+        self._save(offset, data)
+
+    def _save(self, offset: int, data: Data) -> None:
         stop = offset + len(data) + -len(data) % self.subcluster
         if data == bytes(len(data)):
             self._store_zeroes(offset, stop, keep=True)

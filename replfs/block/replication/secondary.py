@@ -14,6 +14,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from replfs.block.file import File
 from replfs.block.locks import Gate, RangeLocks
 from replfs.block.node import Data, Extent, Node
 from replfs.block.qcow2.image import Image
@@ -70,7 +71,15 @@ class SecondaryFilter(Node):
         async with self.gate:
             return await self._source().extents(offset, length, limit)
 
+    def locate(self, start: int, stop: int) -> tuple[File, int] | None:
+        return None if self.gate.shutting else self._source().locate(start, stop)
+
     # Writing
+
+    def write_at_once(self, offset: int, data: Data) -> bool:
+        if self.gate.shutting or self.tracking is not None or (self.layers is not None and self.stage is not Stage.RUNNING):
+            return False
+        return self._source().write_at_once(offset, data)
 
     async def write(self, offset: int, data: Data) -> None:
         view = memoryview(data)
