@@ -55,6 +55,7 @@ def main(quick: bool, rounds: int | None, scenarios: tuple[str, ...], only: str,
     rounds = rounds or (2 if quick else 5)
     chosen = [s for s in SCENARIOS if (s.name in scenarios if scenarios else not (quick and s.slow))]
     results = Results()
+    failed = ""
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="replfs-bench-", dir=where))
     try:
@@ -62,14 +63,16 @@ def main(quick: bool, rounds: int | None, scenarios: tuple[str, ...], only: str,
         for scenario in chosen:
             _run(scenario, rounds, folder / scenario.name, disk, only, results)
     except BenchError as error:
-        click.echo(f"bench: error: {error}", err=True)
-        sys.exit(1)
+        failed = str(error)
     finally:
         remove(folder)
     about = environment(rounds, time.monotonic() - began)
     click.echo(table(results, about))
     if path is not None:
         path.write_text(json.dumps({**about, "workloads": results.as_json()}, indent=1) + "\n")
+    if failed:
+        click.echo(f"bench: error: {failed}", err=True)
+        sys.exit(1)
 
 
 main()

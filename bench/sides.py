@@ -282,7 +282,7 @@ class QemuPrimary(Qemu):
         self.file.touch()
         self._run(
             "-drive",
-            "if=none,id=colo,node-name=colo,driver=quorum,read-pattern=fifo,vote-threshold=1"
+            "if=none,id=primary,node-name=colo,driver=quorum,read-pattern=fifo,vote-threshold=1"
             f",children.0.driver=raw,children.0.file.filename={self.disk}",
         )
         self.hmp(

@@ -68,7 +68,8 @@ def at_most(bound: float, **names: Any) -> tuple[Goal, ...]:
 
 
 def _copy(disk: Path, path: Path) -> Path:
-    subprocess.run(["cp", "--sparse=always", "--reflink=auto", str(disk), str(path)], check=True)
+    subprocess.run(["cp", "--reflink=auto", str(disk), str(path)], check=True)
+    load.warm(path, anew=True)
     return path
 
 

@@ -66,10 +66,13 @@ class CopyBeforeWrite(Node):
         try:
             yield
         except OSError as error:
-            if not self.fenced and (self._reported is None or self._reported is not self.hidden):
-                self._reported = self.hidden
-                logger.warning("a forwarded write failed, so this side's disk is not what the primary's is: %s", error)
+            self._report(error)
             raise
+
+    def _report(self, error: OSError) -> None:
+        if not self.fenced and (self._reported is None or self._reported is not self.hidden):
+            self._reported = self.hidden
+            logger.warning("a forwarded write failed, so this side's disk is not what the primary's is: %s", error)
 
     def _whole(self, offset: int, length: int) -> tuple[int, int]:
         stop = offset + length
@@ -84,14 +87,18 @@ class CopyBeforeWrite(Node):
         start, stop = self._whole(offset, len(data))
         if not self._locks.free(start, stop):
             return False
-        with self._reporting():
+        try:
             if self.hidden is not None and not self._save_at_once(self.hidden, start, stop):
                 return False
             return self.disk.write_at_once(offset, data)
+        except OSError as error:
+            self._report(error)
+            raise
 
     def _save_at_once(self, hidden: Image, start: int, stop: int) -> bool:
         """As :meth:`_save`, if nothing is to be saved, or that can be done without waiting."""
-        missing = hidden.missing(start, stop)
+        lacks = hidden.lacks(start, stop)
+        missing = [(start, stop)] if lacks else [] if lacks is False else hidden.missing(start, stop)
         if not missing:
             return not self._durable or self._unfinished <= self._finished
         if self._durable:

@@ -120,7 +120,7 @@ class Entries:
         if self.words == 2:
             if entry & ZERO or bitmap & bitmap >> 32 or (bitmap & _ALL_ALLOCATED and not host):
                 return NOT_SIMPLE
-            wanted = self._bitmap(start >> self._bits, start, stop)
+            wanted = self.bits(start, stop)
             told = bitmap & (wanted | wanted << 32)
             if told != wanted:
                 return NOT_SIMPLE if told else NOT_HELD
@@ -129,6 +129,11 @@ class Entries:
         if host:
             return host + (start & self._cluster - 1)
         return NOT_SIMPLE if entry or bitmap else NOT_HELD
+
+    def bits(self, start: int, stop: int) -> int:
+        """The bits of the subclusters that ``start .. stop``, within one cluster, touches."""
+        mask, shift = self._cluster - 1, self._subcluster_bits
+        return (1 << ((stop - 1 & mask) >> shift) + 1) - (1 << ((start & mask) >> shift))
 
     def own(self, entry: int) -> bool:
         """Whether an entry has a cluster that is this image's alone."""
@@ -157,7 +162,7 @@ class Entries:
         """Whether ``start .. stop``, within one cluster, is data that may simply be written over."""
         if entry & (COPIED | COMPRESSED | ZERO) != COPIED or not entry & HOST_OFFSET or entry & HOST_OFFSET & self._cluster - 1:
             return False
-        wanted = self._bitmap(start >> self._bits, start, stop) if self.words == 2 else 0
+        wanted = self.bits(start, stop) if self.words == 2 else 0
         return bitmap & (wanted | wanted << 32) == wanted
 
     # Making them

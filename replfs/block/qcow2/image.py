@@ -43,6 +43,7 @@ _RUN: Final = 8 << 20  # bytes, or a cluster more, that are stored in one step: 
 _HASHED: Final = 4096  # bytes at most that one hash in the journal stands for: what a kill leaves whole
 _STEPS: Final = 256  # that one call of extents takes at most: it may tell of less than it was asked for
 _EMPTY_SPANS: Final = 4096
+_ZEROES: Final = memoryview(bytes(1 << 16))
 _decompressions: Final = trio.CapacityLimiter(4)  # at once: each may take two clusters of memory
 
 
@@ -139,6 +140,23 @@ class Image(Node):
                 self._entries.split(found, table[at], table[at + 1] if self._words == 2 else 0, start, until)
             start = until
         return found
+
+    def lacks(self, start: int, stop: int) -> bool | None:
+        """Whether none of a range is held here; None if it is not that simple. False: all of it is. Raises OSError."""
+        bits = self._cluster_bits
+        cluster = start >> bits
+        if stop - 1 >> bits != cluster or self._words == 1:
+            return None
+        table = self._l2.slice(cluster >> self._slice_bits)
+        if table is None:
+            return True
+        at = (cluster & self._slice_mask) * 2
+        entry, bitmap = table[at], table[at + 1]
+        if entry & ~HOST_OFFSET & ~COPIED:
+            return None
+        wanted = self._entries.bits(start, stop)
+        held = (bitmap | bitmap >> 32) & wanted
+        return True if not held else False if held == wanted else None
 
     def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of a range that this image does not hold: (start, stop) pairs."""
@@ -360,7 +378,7 @@ class Image(Node):
 
     def write_at_once(self, offset: int, data: Data) -> bool:
         stop = offset + len(data)
-        if stop == offset or self._overwrite(offset, stop, data):
+        if stop == offset or self._overwrite(offset, stop, data) or self._add(offset, stop, data):
             return True
         mask = self._cluster - 1
         if offset & mask and offset & self._entries.unit(*self._entry(offset), offset) - 1:
@@ -429,8 +447,68 @@ class Image(Node):
         self.data.write(host + (offset & self._cluster - 1), data)
         return True
 
+    def _add(self, offset: int, stop: int, data: Data) -> bool:
+        """Store whole subclusters of one cluster that are not held yet: the commonest change of an overlay, in few steps.
+
+        False if it is anything else, or has to be committed first; then nothing has changed. Raises OSError, as :meth:`_store`.
+        """
+        bits, mask = self._cluster_bits, self._cluster - 1
+        cluster = offset >> bits
+        if (
+            self._words == 1
+            or self._external
+            or self._unchanged
+            or (offset | stop) & self.subcluster - 1
+            or stop - 1 >> bits != cluster
+        ):
+            return False
+        changes, refcounts, integrity = self.changes, self._refcounts, self._integrity
+        assert changes is not None
+        assert refcounts is not None
+        assert integrity is not None
+        if integrity.damage or (changes.deferred and (changes.journal is None or changes.has_room)):
+            return False
+        index = cluster >> self._slice_bits
+        table = self._l2.own_slice(index)
+        if table is None:
+            return False
+        at = (cluster & self._slice_mask) * 2
+        entry, bitmap = table[at], table[at + 1]
+        wanted = self._entries.bits(offset, stop)
+        if bitmap & (wanted | wanted << 32):
+            return False
+        new = not entry and not bitmap
+        host = entry & HOST_OFFSET
+        if new:
+            place, _ = refcounts.allocate_next()
+            host = place << bits
+        elif (
+            entry & ~HOST_OFFSET != COPIED
+            or not host
+            or host & mask
+            or host >> bits >= refcounts.end
+            or integrity.forbids(host >> bits)
+            or bitmap & bitmap >> 32
+        ):
+            return False
+        try:
+            if changes.journal is not None:
+                changes.check_room()
+                changes.data(offset, stop, host + (offset & mask), offset, data)
+            self.data.write(host + (offset & mask), data)
+            self._l2.put_entry(table, index, at, host | COPIED, bitmap | wanted)
+        except (OSError, Full) as error:
+            if new:
+                changes.free(host >> bits, 1)
+            if isinstance(error, Full):
+                return False
+            raise
+        return True
+
     def populate_at_once(self, offset: int, data: Data) -> bool:
         """As :meth:`populate`, if that need not wait; False if it may, and it is to be called then."""
+        if len(data) <= len(_ZEROES) and data != _ZEROES[: len(data)] and self._add(offset, offset + len(data), data):
+            return True
         return self._at_once(lambda: self._save(offset, data))
 
     async def populate(self, offset: int, data: Data) -> None:

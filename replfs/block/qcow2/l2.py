@@ -24,6 +24,8 @@ from replfs.block.qcow2.words import from_words, to_words
 
 L2_TABLE: Final = "L2 table"
 _SLICE_WORDS_BITS: Final = 9
+_MANY: Final = 1 << 16
+_PAIR: Final = struct.Struct(">QQ")
 _SURVEY: Final = 1 << 16  # L1 entries read at once
 
 
@@ -65,6 +67,7 @@ class L2Tables:
         self._slices: Shelf[array.array[int]] = Shelf(cache, self._slice_bytes)
         self.changes = 0
         """Grows whenever an entry changes: a reader that suspended compares it before it looks up again."""
+        self._own: dict[int, int] = {}  # where the slices of tables that are this image's alone lie in the file, as far as known
         self._log: Log | None = None
         self._changed = _Deferred()  # since the last commit began
         self._committing = _Deferred()  # by the commit that is under way, or has failed
@@ -99,6 +102,7 @@ class L2Tables:
         part = self._l1.get(number)
         assert part is not None
         part[table & (1 << _SLICE_WORDS_BITS) - 1] = entry
+        self._own.clear()
         if self._log.deferred:
             self._changed.l1[number] = part
 
@@ -175,6 +179,28 @@ class L2Tables:
     def owns(self, index: int) -> bool:
         """Whether the table of slice ``index`` is this image's alone."""
         return bool(self._entry(index >> self._slices_bits) & COPIED)
+
+    def own_slice(self, index: int) -> "array.array[int] | None":
+        """Slice ``index``, if there is a table for it and that is this image's alone. Valid until the next await. Raises OSError."""
+        if index not in self._own:
+            entry = self._entry(index >> self._slices_bits)
+            if not (entry & COPIED and entry & HOST_OFFSET):
+                return None
+            if len(self._own) >= _MANY:
+                self._own.clear()
+            self._own[index] = self._at(entry & HOST_OFFSET, index)
+        return self.slice(index)
+
+    def put_entry(self, table: "array.array[int]", index: int, position: int, entry: int, bitmap: int) -> None:
+        """As :meth:`put`, of the two words of an extended entry, in what :meth:`own_slice` has just given."""
+        assert self._log is not None
+        if not self._log.deferred:
+            self._file.write(self._own[index] + position * 8, _PAIR.pack(entry, bitmap))
+        else:
+            self._changed.slices[index] = table
+        table[position] = entry
+        table[position + 1] = bitmap
+        self.changes += 1
 
     def slice_for_writing(self, index: int) -> "array.array[int]":
         """Slice ``index``, of a table that is this image's alone: made or copied if there is none yet. Raises OSError."""

@@ -135,6 +135,24 @@ class Refcounts:
 
     # Changing
 
+    def allocate_next(self) -> tuple[int, bool]:
+        """As :meth:`allocate`, of one cluster: (which, whether it surely reads as zeroes)."""
+        first = self._lowest
+        if self._order == 4 and self._limit is None:  # as in overlays, where the next one is behind the last one
+            index, position = divmod(first, self.per_block)
+            block = self._block(index) if index < len(self._table) else None
+            if block is not None and not block.raw[position * 2] and not block.raw[position * 2 + 1]:
+                self._integrity.check_data(first, 1)
+                self._file.write(self._table[index] + position * 2, b"\0\1")
+                block.raw[position * 2 + 1] = 1
+                self._lowest = first + 1
+                fresh = first >= self.end
+                if fresh:
+                    self.end = first + 1
+                return first, fresh
+        first, _, fresh = self.allocate(1)
+        return first, fresh
+
     def allocate(self, wanted: int) -> tuple[int, int, bool]:
         """Count up to ``wanted`` neighbouring clusters as used once: (the first, how many, whether they surely read as zeroes).
 
