@@ -152,7 +152,7 @@ class Image(Node):
             return True
         at = (cluster & self._slice_mask) * 2
         entry, bitmap = table[at], table[at + 1]
-        if entry & ~HOST_OFFSET & ~COPIED:
+        if entry & ~HOST_OFFSET & ~COPIED or entry & HOST_OFFSET & self._cluster - 1 or bitmap & bitmap >> 32:
             return None
         wanted = self._entries.bits(start, stop)
         held = (bitmap | bitmap >> 32) & wanted
@@ -496,13 +496,13 @@ class Image(Node):
                 changes.check_room()
                 changes.data(offset, stop, host + (offset & mask), offset, data)
             self.data.write(host + (offset & mask), data)
-            self._l2.put_entry(table, index, at, host | COPIED, bitmap | wanted)
         except (OSError, Full) as error:
             if new:
                 changes.free(host >> bits, 1)
             if isinstance(error, Full):
                 return False
             raise
+        self._l2.put_entry(table, index, at, host | COPIED, bitmap | wanted)
         return True
 
     def populate_at_once(self, offset: int, data: Data) -> bool:

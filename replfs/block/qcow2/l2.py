@@ -181,7 +181,7 @@ class L2Tables:
         return bool(self._entry(index >> self._slices_bits) & COPIED)
 
     def own_slice(self, index: int) -> "array.array[int] | None":
-        """Slice ``index``, if there is a table for it and that is this image's alone. Valid until the next await. Raises OSError."""
+        """Slice ``index``, if there is a table for it that is this image's alone. Valid until the next await. Raises OSError."""
         if index not in self._own:
             entry = self._entry(index >> self._slices_bits)
             if not (entry & COPIED and entry & HOST_OFFSET):
