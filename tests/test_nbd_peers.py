@@ -862,7 +862,7 @@ async def test_a_server_that_hangs_is_given_up_after_the_time_limit(address: Uni
             for offset in range(3):
                 nursery.start_soon(fails, partial(node.write, offset, b"x"), errno.ETIMEDOUT)
         await fails(lambda: node.read(0, 1), errno.ENOTCONN)
-        assert node.link_error.endswith("a request was not answered within 1.5 seconds")
+        assert "a request was not answered within 1.5" in node.link_error
         memory.gates["write"].set()
     assert len(taken(caplog)) == 1
 

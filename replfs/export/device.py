@@ -6,8 +6,7 @@ and its answer back. So the data's path has no system call that only waits, and 
 into the very buffer that is the reply, and a write comes out of the one that it was received in.
 
 All workers do the same: one receives a request and carries it out; before that it sees to it that another one is awake (the
-standby), which goes on receiving if the request has to wait. While requests come one upon the other, whoever receives asks for the
-next one again and again for a moment rather than go to sleep: waking up takes longer than what is asked for.
+standby), which goes on receiving if the request has to wait.
 
 Guarding rule: only the worker that has set ``_receiving`` reads from the device; its buffer is its own.
 
@@ -19,12 +18,14 @@ import errno
 import os
 import socket
 import struct
-import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final, Protocol
 
 import trio
 
+from replfs.arrivals import Arrivals
 from replfs.block.node import Data
 
 _READ: Final = 15
@@ -44,9 +45,6 @@ _INVALIDATE: Final = struct.Struct("=IiQQqq")  # the same, and node, offset, len
 _LARGEST: Final = 1 << 20  # bytes of one read or write, as libfuse agrees with the kernel
 _WORKERS: Final = 32
 _TURNS: Final = 32  # requests that are answered before other tasks get a turn, should none of them have to wait
-_SPIN_SECONDS: Final = 60e-6
-_BRISK_SECONDS: Final = 200e-6
-"""Who had to wait for less than this goes on asking for a moment before it goes to sleep the next time."""
 _CONTROL_BYTES: Final = 1 << 20
 
 
@@ -90,8 +88,7 @@ class Device:
         self._idle = trio.lowlevel.ParkingLot()  # workers without work
         self._standby = False  # one of them has been woken and did not run yet
         self._turn = 0
-        self._brisk = False
-        self._may_spin = len(os.sched_getaffinity(0)) > 1
+        self._arrivals = Arrivals(self._fd)
 
     def give_back(self) -> None:
         """Let libfuse have /dev/fuse again, so that it finds out by itself whether there is anything to unmount."""
@@ -123,7 +120,7 @@ class Device:
     async def _work(self) -> None:
         """A worker: whatever changes something does so while awake, and looks here again before it parks."""
         buffer = bytearray(_DATA_AT + _LARGEST)
-        view, buffers = memoryview(buffer), [buffer]
+        view, attempt = memoryview(buffer), partial(os.readv, self._fd, [buffer])
         while not self._ended:
             if self._receiving:
                 await self._idle.park()
@@ -131,7 +128,7 @@ class Device:
                 continue
             self._receiving = True
             try:
-                length = await self._receive(buffers)
+                length = await self._receive(attempt)
             finally:
                 self._receiving = False
             if not length:
@@ -148,30 +145,19 @@ class Device:
                 await trio.lowlevel.checkpoint()
         self._idle.unpark_all()
 
-    async def _receive(self, buffers: list[bytearray]) -> int:
+    async def _receive(self, attempt: Callable[[], int]) -> int:
         """The next request: its length in bytes, 0 if there will not be any."""
-        until = 0.0
         while True:
             try:
-                return os.readv(self._fd, buffers)
-            except BlockingIOError:
-                pass
-            except FileNotFoundError:  # a request that was taken back meanwhile
-                continue
+                return await self._arrivals.take(attempt)
+            except FileNotFoundError:
+                pass  # a request that was taken back meanwhile
+            except trio.ClosedResourceError:
+                return 0
             except OSError as error:
                 if error.errno == errno.ENODEV:  # the file system has been unmounted
                     return 0
                 raise
-            now = time.perf_counter()
-            if self._brisk and not until:
-                until = now + _SPIN_SECONDS
-            if now >= until:
-                try:
-                    await trio.lowlevel.wait_readable(self._fd)
-                except trio.ClosedResourceError:
-                    return 0
-                self._brisk = self._may_spin and time.perf_counter() - now < _BRISK_SECONDS
-                until = 0.0
 
     def _answer_at_once(self, request: tuple[int, ...], view: memoryview) -> bool:
         """As :meth:`_answer`, if that need not wait."""

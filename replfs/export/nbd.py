@@ -23,10 +23,12 @@ import stat
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final, Protocol
 
 import trio
 
+from replfs.arrivals import Arrivals, send_all
 from replfs.block.node import Data, Node
 from replfs.errors import InUse, ReplfsError, printable
 from replfs.protocol.nbd import wire
@@ -50,7 +52,7 @@ MAX_HELD: Final = 64 << 20
 _RECEIVE_SIZE: Final = 256 << 10
 _REQUEST_COST: Final = 16 << 10  # bytes that a request is taken to hold besides its payload; a BLOCK_STATUS reply is the largest
 _MAX_EXTENTS: Final = 1024  # in one BLOCK_STATUS reply
-_LARGE: Final = 64 << 10  # from this size on, a reply's data is sent by itself rather than copied together with others
+_LARGE: Final = 64 << 10  # bytes of a payload that are worth a receive of their own
 _BATCH: Final = 64  # replies, of which a read has two parts, that are sent before more requests are carried out
 _TURNS: Final = 32  # requests that are carried out before other tasks get a turn, should none of them have to wait
 
@@ -177,6 +179,10 @@ class _Connection:
         self.finished = trio.Event()
         self._node = node
         self._stream = stream
+        self._socket = socket.socket(fileno=os.dup(stream.socket.fileno()))  # for the transmission, past what trio does for others
+        self._socket.setblocking(False)
+        self._arrivals = Arrivals(self._socket)
+        self._receive_some = partial(self._socket.recv, _RECEIVE_SIZE)
         self._closed = False
 
         # The transmission phase. Between two awaits nothing else runs, which is all the locking that this needs.
@@ -196,6 +202,8 @@ class _Connection:
         """End it now: nothing is received, begun or sent any more."""
         self._closed = True
         self._stream.socket.close()
+        trio.lowlevel.notify_closing(self._socket)
+        self._socket.close()
         self._idle.unpark_all()
         self._conversation.cancel()
 
@@ -321,37 +329,33 @@ class _Connection:
 
     def _take(self, data: bytes) -> None:
         self._queue.extend(self._transmission.receive(data))
-        self._ended = self._transmission.ended
+        self._ended = self._ended or self._transmission.ended
 
     async def _receive(self) -> None:
+        """More of what the client sends; the bulk of a large payload goes to its place at once."""
         self._receiving = True
+        rest = self._transmission.rest_of_payload
         try:
-            data = await self._stream.receive_some(_RECEIVE_SIZE)
-        except _GONE:
-            data = b""
+            if len(rest) >= _LARGE:
+                got = await self._arrivals.take(partial(self._socket.recv_into, rest))
+                self._ended = not got
+                self._queue.extend(self._transmission.received(got))
+            else:
+                data = await self._arrivals.take(self._receive_some)
+                self._ended = not data
+                self._take(data)
+        except (OSError, trio.ClosedResourceError):
+            self._ended = True
         finally:
             self._receiving = False
-        if data:
-            self._take(data)
-        else:
-            self._ended = True
 
     async def _send(self) -> None:
         replies, self._replies = self._replies, []
         sent, self._replied = self._replied, 0
         self._sending = True
         try:
-            small: list[Data] = []
-            for part in replies:
-                if len(part) < _LARGE:
-                    small.append(part)
-                else:
-                    await self._stream.send_all(b"".join(small))
-                    await self._stream.send_all(part)
-                    small.clear()
-            if small:
-                await self._stream.send_all(b"".join(small))
-        except _GONE:
+            await send_all(self._socket, replies)
+        except (OSError, trio.ClosedResourceError):
             self.close()
         finally:
             self._sending = False

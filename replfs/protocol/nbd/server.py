@@ -279,6 +279,9 @@ _STRUCTURED_READ: Final = _RULES[wire.NBD_CMD_READ]._replace(flags=wire.NBD_CMD_
 _BLOCK_STATUS: Final = _Rule(wire.NBD_CMD_FLAG_FUA | wire.NBD_CMD_FLAG_REQ_ONE, _ANY_LENGTH[1:], wire.NBD_EINVAL, False)
 
 
+_STEP: Final = 1 << 20  # bytes of a payload that room is made for at first
+
+
 class Transmission:
     """The transmission phase of one connection: requests out of bytes, and bytes out of what became of them.
 
@@ -297,7 +300,9 @@ class Transmission:
         if allocation:
             self._rules[wire.NBD_CMD_BLOCK_STATUS] = _BLOCK_STATUS
         self._header = b""  # the start of a request whose header has not arrived whole
-        self._write: Request | None = None  # a WRITE whose payload has not arrived whole; its data is a growing bytearray
+        self._write: Request | None = None  # a WRITE whose payload has not arrived whole; its data is the bytearray to fill
+        self.rest_of_payload = memoryview(b"")
+        """What has not arrived of it, or a part of that. Who has put something there calls :meth:`received`."""
 
     def receive(self, data: bytes) -> list[Request]:
         """Take bytes from the client; returns the requests that they complete, each to be judged by :meth:`check`.
@@ -309,14 +314,13 @@ class Transmission:
         position = 0
         view = memoryview(data)
         if self._write is not None:
-            growing = self._write.data
-            assert isinstance(growing, bytearray)
-            position = self._write.length - len(growing)
-            growing += view[:position]
-            if len(growing) < self._write.length:
+            while self._write is not None and position < len(data):
+                count = min(len(self.rest_of_payload), len(data) - position)
+                self.rest_of_payload[:count] = view[position : position + count]
+                position += count
+                requests += self.received(count)
+            if self._write is not None:
                 return requests
-            requests.append(self._write)
-            self._write = None
         elif self._header:
             data = self._header + data
             view = memoryview(data)
@@ -335,7 +339,10 @@ class Transmission:
                 if length > wire.MAX_PAYLOAD:
                     self._end(f"it announced a write of {length} bytes")
                 elif end - position < length:
-                    self._write = Request(flags, kind, cookie, offset, length, bytearray(view[position:]))
+                    buffer = bytearray(min(length, max(_STEP, end - position)))
+                    self._write = Request(flags, kind, cookie, offset, length, buffer)
+                    self.rest_of_payload = memoryview(buffer)[end - position :]
+                    buffer[: end - position] = view[position:]
                     position = end
                     break
                 else:
@@ -344,6 +351,23 @@ class Transmission:
             requests.append(Request(flags, kind, cookie, offset, length, payload))
         self._header = data[position:]
         return requests
+
+    def received(self, count: int) -> list[Request]:
+        """So many bytes were put into :attr:`rest_of_payload`; gives back the request, if that completes it."""
+        self.rest_of_payload = self.rest_of_payload[count:]
+        if self.rest_of_payload or self._write is None:
+            return []
+        request = self._write
+        buffer, missing = request.data, request.length - len(request.data)
+        if missing:  # twice as much room as what has arrived: an announcement alone is not to cost memory
+            arrived = len(buffer)
+            larger = bytearray(arrived + min(missing, arrived))
+            larger[:arrived] = buffer
+            self._write = request._replace(data=larger)
+            self.rest_of_payload = memoryview(larger)[arrived:]
+            return []
+        self._write = None
+        return [request]
 
     def _end(self, reason: str) -> None:
         self.ended = True

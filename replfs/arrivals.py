@@ -1,0 +1,67 @@
+"""Waiting for what comes on a descriptor, and sending, with as little as possible between the kernel and who asks.
+
+A task that sleeps until something can be read is woken by way of the kernel's scheduler, of epoll and of trio's, which takes longer
+than most requests do. So while things come one upon the other, whoever waits asks again and again for a moment before it sleeps;
+where they do not, or where there is only one CPU, it sleeps at once.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+import trio
+
+_SPIN_SECONDS: Final = 60e-6
+_BRISK_SECONDS: Final = 200e-6
+"""Who slept for less than this asks for a moment the next time."""
+
+T = TypeVar("T")
+_may_spin = len(os.sched_getaffinity(0)) > 1
+
+
+class Arrivals:
+    """Of one non-blocking descriptor, which one task at a time waits for."""
+
+    def __init__(self, source: int | socket.socket) -> None:
+        self._source = source
+        self._brisk = False
+
+    async def take(self, attempt: Callable[[], T]) -> T:
+        """What ``attempt`` gives, as soon as it does not raise BlockingIOError. Suspends only then.
+
+        Raises what ``attempt`` does, and trio.ClosedResourceError after a :func:`trio.lowlevel.notify_closing`.
+        """
+        until = 0.0
+        while True:
+            try:
+                return attempt()
+            except BlockingIOError:
+                now = time.perf_counter()
+            if self._brisk and not until:
+                until = now + _SPIN_SECONDS
+            if now >= until:
+                await trio.lowlevel.wait_readable(self._source)
+                self._brisk = _may_spin and time.perf_counter() - now < _BRISK_SECONDS
+                until = 0.0
+
+
+async def send_all(sock: socket.socket, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+    """Send all parts, one after the other, through a non-blocking socket. Suspends only when it takes no more.
+
+    Raises OSError, and trio.ClosedResourceError after a :func:`trio.lowlevel.notify_closing`.
+    """
+    while parts:
+        try:
+            sent = sock.sendmsg(parts)
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+            continue
+        for number, part in enumerate(parts):
+            if sent < len(part):
+                parts = (memoryview(part)[sent:], *parts[number + 1 :])
+                break
+            sent -= len(part)
+        else:
+            return
