@@ -36,6 +36,7 @@ class CopyBeforeWrite(Node):
         """Set while a power cut may bring back an older state, with other overlays: to be awaited, and to succeed, first."""
         self._gate = gate
         self._locks = RangeLocks()
+        self._scratch = memoryview(bytearray(_PIECE))  # for what is saved without waiting
         self._unfinished = 0  # times that saving has failed: what the hidden disk holds since then may not be durable
         self._finished = 0  # how many of these are made good
         self._reported: Image | None = None  # the hidden disk of the checkpoint whose first failure has been logged
@@ -104,8 +105,8 @@ class CopyBeforeWrite(Node):
         if self._durable:
             return False
         for first, last in missing:
-            old = memoryview(bytearray(last - first))
-            if not self.disk.read_at_once(first, old) or not hidden.populate_at_once(first, old):
+            old = self._scratch[: last - first]
+            if len(old) < last - first or not self.disk.read_at_once(first, old) or not hidden.populate_at_once(first, old):
                 return False
         return True
 

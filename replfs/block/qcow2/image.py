@@ -43,8 +43,12 @@ _RUN: Final = 8 << 20  # bytes, or a cluster more, that are stored in one step: 
 _HASHED: Final = 4096  # bytes at most that one hash in the journal stands for: what a kill leaves whole
 _STEPS: Final = 256  # that one call of extents takes at most: it may tell of less than it was asked for
 _EMPTY_SPANS: Final = 4096
-_ZEROES: Final = memoryview(bytes(1 << 16))
 _decompressions: Final = trio.CapacityLimiter(4)  # at once: each may take two clusters of memory
+
+
+def _is_zero(data: Data) -> bool:
+    """Whether there is nothing else; most often the first or the last byte tells."""
+    return not data[0] and not data[-1] and bytes(data) == bytes(len(data))
 
 
 class Image(Node):
@@ -507,7 +511,7 @@ class Image(Node):
 
     def populate_at_once(self, offset: int, data: Data) -> bool:
         """As :meth:`populate`, if that need not wait; False if it may, and it is to be called then."""
-        if len(data) <= len(_ZEROES) and data != _ZEROES[: len(data)] and self._add(offset, offset + len(data), data):
+        if not _is_zero(data) and self._add(offset, offset + len(data), data):
             return True
         return self._at_once(lambda: self._save(offset, data))
 
@@ -523,7 +527,7 @@ class Image(Node):
 
     def _save(self, offset: int, data: Data) -> None:
         stop = offset + len(data) + -len(data) % self.subcluster
-        if data == bytes(len(data)):
+        if _is_zero(data):
             self._store_zeroes(offset, stop, keep=True)
         else:
             self._store(offset, stop, offset, data)
