@@ -21,6 +21,16 @@ T = TypeVar("T")
 _may_spin = len(os.sched_getaffinity(0)) > 1
 
 
+def do_not_spin() -> None:
+    """A task has been woken that is to have its turn at once: whoever waits next goes to sleep."""
+    global _last
+    _last = None
+
+
+_last: "Arrivals | None" = None
+"""What something came on last: as things come on another one meanwhile, there is no time to wait for just one."""
+
+
 class Arrivals:
     """Of one non-blocking descriptor, which one task at a time waits for."""
 
@@ -33,13 +43,16 @@ class Arrivals:
 
         Raises what ``attempt`` does, and trio.ClosedResourceError after a :func:`trio.lowlevel.notify_closing`.
         """
+        global _last
         until = 0.0
         while True:
             try:
-                return attempt()
+                found = attempt()
+                _last = self
+                return found
             except BlockingIOError:
                 now = time.perf_counter()
-            if self._brisk and not until:
+            if not until and self._brisk and _last is self:
                 until = now + _SPIN_SECONDS
             if now >= until:
                 await trio.lowlevel.wait_readable(self._source)
@@ -47,8 +60,16 @@ class Arrivals:
                 until = 0.0
 
 
-async def send_all(sock: socket.socket, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+def _nobody() -> None:
+    """Where nobody needs to know."""
+
+
+async def send_all(
+    sock: socket.socket, parts: Sequence[bytes | bytearray | memoryview], progress: Callable[[], None] = _nobody
+) -> None:
     """Send all parts, one after the other, through a non-blocking socket. Suspends only when it takes no more.
+
+    ``progress`` is called whenever some of it was taken.
 
     Raises OSError, and trio.ClosedResourceError after a :func:`trio.lowlevel.notify_closing`.
     """
@@ -58,6 +79,7 @@ async def send_all(sock: socket.socket, parts: Sequence[bytes | bytearray | memo
         except BlockingIOError:
             await trio.lowlevel.wait_writable(sock)
             continue
+        progress()
         for number, part in enumerate(parts):
             if sent < len(part):
                 parts = (memoryview(part)[sent:], *parts[number + 1 :])

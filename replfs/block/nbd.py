@@ -14,12 +14,15 @@ request under way then fails (``ETIMEDOUT`` for the silence, else ``ECONNRESET``
 import errno
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
+from replfs.arrivals import Arrivals, do_not_spin, send_all
 from replfs.block.node import Data, Extent, Node
 from replfs.errors import ReplfsError, Unreachable, printable
 from replfs.protocol.nbd import wire
@@ -31,8 +34,9 @@ logger = logging.getLogger(__name__)
 
 _RECEIVE_SIZE: Final = 64 << 10
 _SEND_SIZE: Final = 1 << 20  # bytes after which queued requests wait for the next send
-_SEND_PIECE: Final = 256 << 10  # bytes: that so many were taken is a sign of life
+_SEND_PARTS: Final = 512  # of a message that the kernel takes at once
 PATIENCE: Final = 6
+_FEW: Final = 8  # requests under way for which sending each by itself is faster than sending many together
 _MAX_STATUS: Final = 1 << 30  # bytes that one BLOCK_STATUS asks for
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 
@@ -73,11 +77,14 @@ class NbdTarget(Node):
         self._info = info
         self._timeout = timeout
         self._stream = stream
+        self._socket = socket.socket(fileno=os.dup(stream.socket.fileno()))  # for the transmission, past what trio does for others
+        self._socket.setblocking(False)
         self._transmission = Transmission(info)
         self._active = 0.0  # when the server last took or sent something
         # Both by cookie and in the order they were made, which is that of their deadlines too.
         self._calls: dict[int, Call] = {}
         self._unsent: dict[int, Call] = {}
+        self._begun: list[Data] = []  # what is left of a request that was sent in part
         self._sender = trio.lowlevel.ParkingLot()
         self._tasks = trio.CancelScope()
         self._finished = trio.Event()
@@ -198,9 +205,29 @@ class NbdTarget(Node):
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         cookie, header = self._transmission.request(kind, flags, offset, length)
         call = Call(cookie, [header, data], trio.current_time(), answered)
-        self._calls[cookie] = self._unsent[cookie] = call
-        self._sender.unpark()
+        self._calls[cookie] = call
+        if not (self._sender and len(self._calls) <= _FEW and self._send_at_once(call)):
+            self._unsent[cookie] = call
+            if self._sender:
+                self._sender.unpark()
+                do_not_spin()
         return call
+
+    def _send_at_once(self, call: Call) -> bool:
+        """While little is under way: without the sender, which is waiting. False if the sender is to see to it."""
+        try:
+            sent = self._socket.sendmsg(call.message)
+        except OSError:
+            return False  # if it is more than that there is no room, the sender finds out
+        rest: list[Data] = [memoryview(part) for part in call.message]
+        while rest and sent >= len(rest[0]):
+            sent -= len(rest.pop(0))
+        if rest:
+            rest[0] = rest[0][sent:]
+            self._begun = rest
+            self._sender.unpark()
+        call.message = []
+        return True
 
     async def _run(self, rest: bytes) -> None:
         try:
@@ -219,27 +246,27 @@ class NbdTarget(Node):
     async def _send(self) -> None:
         try:
             while True:
-                while not self._unsent:
+                while not self._unsent and not self._begun:
                     await self._sender.park()
-                message: list[Data] = []
+                message: list[Data] = self._begun
+                self._begun = []
                 size = 0
                 while self._unsent and size < _SEND_SIZE:
                     call = self._unsent.pop(next(iter(self._unsent)))
                     message += call.message
                     size += len(call.message[1])
                     call.message = []
-                data = b"".join(message)
-                if size <= _SEND_PIECE:
-                    await self._stream.send_all(data)
-                    continue
-                view = memoryview(data)
-                for at in range(0, len(view), _SEND_PIECE):
-                    await self._stream.send_all(view[at : at + _SEND_PIECE])
-                    self._active = trio.current_time()
-        except _GONE:
+                for at in range(0, len(message), _SEND_PARTS):
+                    await send_all(self._socket, message[at : at + _SEND_PARTS], self._took_some)
+        except (OSError, trio.ClosedResourceError):
             self._give_up("the connection broke", errno.ECONNRESET)
 
+    def _took_some(self) -> None:
+        """The server has taken something that was sent: a sign of life."""
+        self._active = trio.current_time()
+
     async def _receive(self, data: bytes) -> None:
+        arrivals, receive = Arrivals(self._socket), partial(self._socket.recv, _RECEIVE_SIZE)
         try:
             while True:
                 for reply in self._transmission.receive(data):
@@ -250,13 +277,13 @@ class NbdTarget(Node):
                     call.answered(call)
                     if reply.error == wire.NBD_ESHUTDOWN:
                         return self._give_up("the server is shutting down", errno.ECONNRESET)
-                data = await self._stream.receive_some(_RECEIVE_SIZE)
+                data = await arrivals.take(receive)
                 self._active = trio.current_time()
                 if not data:
                     return self._give_up("the server closed the connection", errno.ECONNRESET)
         except ProtocolError as error:
             self._give_up(str(error), errno.ECONNRESET)
-        except _GONE:
+        except (OSError, trio.ClosedResourceError):
             self._give_up("the connection broke", errno.ECONNRESET)
 
     async def _watch(self) -> None:
@@ -280,6 +307,8 @@ class NbdTarget(Node):
     def _disconnect(self, error: int) -> None:
         self.connected = False
         self._stream.socket.close()
+        trio.lowlevel.notify_closing(self._socket)
+        self._socket.close()
         self._tasks.cancel()
         calls, self._calls, self._unsent = self._calls, {}, {}
         for call in calls.values():
