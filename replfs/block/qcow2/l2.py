@@ -227,8 +227,10 @@ class L2Tables:
                 write(offset, self._file.read_now(old, size).ljust(size, b"\0"))
             elif not fresh:
                 write(offset, bytes(size))
-            else:  # zeroes are there already, but now they have room, too: a commit is to need none
+            elif self._log.deferred:  # zeroes are there already, but now they have room, too: a commit is to need none
                 self._file.write(offset, bytes(size))
+            else:
+                self._file.truncate(offset + size)
             self._log.table(table, offset)
             self._set_entry(table, offset | COPIED)
         except (OSError, Full):
