@@ -2,16 +2,19 @@
 # Make this checkout ready to run: Debian packages (installed when run as root, named otherwise), and a virtual environment in .venv
 # with replfs and what PACKAGES adds to it. Doing it again costs a second.
 #
-#   scripts/setup.sh [test]      with `test`, also what the tests need
+#   scripts/setup.sh [test|bench]      also what the tests need, which includes a short form of the benchmark; or the benchmark alone
 set -eu
 cd "$(dirname "$0")/.."
 
 packages="python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3 attr e2fsprogs"
 extra=""
-if [ "${1:-}" = test ]; then
-    packages="$packages qemu-utils nbdkit libnbd-bin python3-libnbd"
-    extra="[test]"
-fi
+case ${1:-} in
+    test)
+        packages="$packages qemu-utils nbdkit libnbd-bin python3-libnbd qemu-system-x86 fio"
+        extra="[test]"
+        ;;
+    bench) packages="$packages qemu-utils nbdkit qemu-system-x86 fio" ;;
+esac
 
 missing=""
 for package in $packages; do

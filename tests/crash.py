@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import trio
+from disks import put
 from faults import (
     Create,
     DirectorySyncBegin,
@@ -1062,7 +1063,7 @@ class Driver:
     async def write(self, port: str, offset: int, length: int) -> None:
         write = self.number()
         data = pattern(port, write, offset, length)
-        await self._change(port, write, offset, data, self.node(port).write(offset, data))
+        await self._change(port, write, offset, data, put(self.node(port), offset, data))
 
     async def zeroes(self, port: str, offset: int, length: int, may_unmap: bool = True) -> None:
         request = self.node(port).write_zeroes(offset, length, may_unmap)

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 from replfs.block.cache import Cache
+from replfs.block.node import Data, Node
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.overlay import create_overlay, open_overlay
 from replfs.block.raw import Raw
@@ -20,6 +21,21 @@ def raw(path: Path, content: bytes | int) -> Raw:
 def overlay(path: Path, backing: Raw | Image, cache: Cache | None = None) -> Image:
     create_overlay(Storage(), str(path), backing.size, f"./{Path(backing.file.path).name}", backing.format)
     return open_overlay(Storage(), str(path), backing, cache or Cache())
+
+
+async def put(node: Node, offset: int, data: Data) -> None:
+    """Write as the exports do, who first try whether it can be done at once; every other request is one that cannot."""
+    if (offset + len(data) >> 9) & 1 or not node.write_at_once(offset, data):
+        await node.write(offset, data)
+
+
+async def get(node: Node, offset: int, length: int) -> bytes:
+    """Read as the exports do, at once if that can be; what cannot be read so, or is read twice, is the same."""
+    buffer = bytearray(length)
+    at_once = node.read_at_once(offset, memoryview(buffer))
+    content = bytes(await node.read(offset, length)) if not at_once or offset >> 9 & 1 else bytes(buffer)
+    assert not at_once or buffer == content
+    return content
 
 
 def qemu_img(*arguments: str | Path) -> str:

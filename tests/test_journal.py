@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disks import assert_same_as, assert_sound, qemu_img, raw, same
+from disks import assert_same_as, assert_sound, put, qemu_img, raw, same
 
 from replfs.block.cache import Cache
 from replfs.block.qcow2 import journal as journal_module
@@ -141,7 +141,7 @@ async def test_what_was_not_committed_is_there_after_a_kill(tmp_path: Path) -> N
             model[offset : offset + length] = bytes(length)
         else:
             data = choose.randbytes(length)
-            await image.write(offset, data)
+            await put(image, offset, data)
             model[offset : offset + length] = data
         if step % 50 == 20:
             await image.flush()

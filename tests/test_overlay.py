@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from disks import assert_same_as, assert_sound, overlay, qemu_img, raw, same
+from disks import assert_same_as, assert_sound, get, overlay, put, qemu_img, raw, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ async def test_an_overlay_is_a_disk_and_qemu_agrees(steps: list[tuple[str, int, 
                 image = open_overlay(Storage(), str(folder / "over.qcow2"), disk, Cache())
             elif name == "write":
                 data = pattern(length, seed)
-                await image.write(offset, data)
+                await put(image, offset, data)
                 model[offset : offset + length] = data
             elif name == "write_zeroes":
                 await image.write_zeroes(offset, length)
@@ -64,7 +64,7 @@ async def test_an_overlay_is_a_disk_and_qemu_agrees(steps: list[tuple[str, int, 
                 last = SIZE if offset + length == SIZE else last
                 if first < last:
                     model[first:last] = bytes(last - first)
-            assert bytes(await image.read(offset, length)) == bytes(model[offset : offset + length])
+            assert await get(image, offset, length) == bytes(model[offset : offset + length])
         assert same(bytes(await image.read(0, SIZE)), bytes(model))
         await check_extents(image, bytes(model))
         await image.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from disks import same
+from disks import get, put, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import KINDS, NAME, filling, info, make, open_options, qemu, qemu_io
@@ -91,7 +91,7 @@ class Guest:
         await self.use_journal()
 
     async def write(self, offset: int, data: Data) -> None:
-        await self.node.write(offset, data)
+        await put(self.node, offset, data)
         self.model[offset : offset + len(data)] = data
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool) -> None:
@@ -134,7 +134,7 @@ class Guest:
         elif what == "reopen":
             await self.reopen()
         start, stop = max(0, offset - self.kind.cluster), min(len(self.model), offset + length + self.kind.cluster)
-        assert same(await self.node.read(start, stop - start), self.model[start:stop]), what
+        assert same(await get(self.node, start, stop - start), self.model[start:stop]), what
 
     def anywhere(self, random_: random.Random) -> tuple[int, int]:
         """A range of the disk: odd or made of whole clusters or subclusters, short or long, sometimes up to the end."""
@@ -219,7 +219,7 @@ async def test_what_qemu_wrote_is_read(templates: Make, tmp_path: Path, name: st
     random_ = random.Random(name)
     for _ in range(30):
         offset, length = guest.anywhere(random_)
-        assert same(await guest.node.read(offset, length), content[offset : offset + length])
+        assert same(await get(guest.node, offset, length), content[offset : offset + length])
     for offset in (0, len(content)):
         assert bytes(await guest.node.read(offset, 0)) == b""
     await check_extents(guest.node, content)

@@ -226,6 +226,8 @@ class File:
 
     async def sync(self) -> None:
         """Everything written before this call is on stable storage when it returns. Raises OSError."""
+        if not (self._unsynced or self._inherited or self._sync_lock.locked()):
+            return self._check_suspect()
         covered_by = self._rounds_begun + 1
         async with self._sync_lock:
             if self._rounds_begun < covered_by and (self._unsynced or self._inherited):

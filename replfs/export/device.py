@@ -15,6 +15,7 @@ The messages are those of the kernel's ``include/uapi/linux/fuse.h``, in the mac
 """
 
 import errno
+import mmap
 import os
 import socket
 import struct
@@ -25,12 +26,13 @@ from typing import Final, Protocol
 
 import trio
 
-from replfs.arrivals import Arrivals
+from replfs.arrivals import Arrivals, do_not_spin
 from replfs.block.node import Data
 
 _READ: Final = 15
 _WRITE: Final = 16
 _FSYNC: Final = 20
+_INIT: Final = 26
 _INTERRUPT: Final = 36
 _NOTIFY_INVAL_INODE: Final = 2
 
@@ -40,9 +42,12 @@ handle, offset, size. An fsync has a file handle there, too."""
 _DATA_AT: Final = 80
 _REPLY: Final = struct.Struct("=IiQ")  # length, error, unique
 _WRITTEN: Final = struct.Struct("=IiQII")  # the same, and size, padding
+_AGREED: Final = struct.Struct("=IiQIIIIHHIIH")
+"""A reply with what fuse_init_out begins with: versions, readahead, flags, two limits of requests in the background, largest write,
+granularity of times, most pages of a request."""
 _INVALIDATE: Final = struct.Struct("=IiQQqq")  # the same, and node, offset, length
 
-_LARGEST: Final = 1 << 20  # bytes of one read or write, as libfuse agrees with the kernel
+_LARGEST: Final = 1 << 20  # bytes of one read or write
 _WORKERS: Final = 32
 _TURNS: Final = 32  # requests that are answered before other tasks get a turn, should none of them have to wait
 _CONTROL_BYTES: Final = 1 << 20
@@ -83,6 +88,7 @@ class Device:
             os.dup2(theirs.fileno(), libfuse_fd, inheritable=False)
         self._libfuse.setblocking(False)
         os.set_blocking(self._fd, False)
+        self._init = -1  # the request that opens the conversation, until it is answered
         self._ended = False
         self._receiving = False
         self._idle = trio.lowlevel.ParkingLot()  # workers without work
@@ -119,7 +125,7 @@ class Device:
 
     async def _work(self) -> None:
         """A worker: whatever changes something does so while awake, and looks here again before it parks."""
-        buffer = bytearray(_DATA_AT + _LARGEST)
+        buffer = mmap.mmap(-1, _DATA_AT + _LARGEST)  # of which only what is used takes memory
         view, attempt = memoryview(buffer), partial(os.readv, self._fd, [buffer])
         while not self._ended:
             if self._receiving:
@@ -139,6 +145,7 @@ class Device:
                 if self._idle and not self._standby:
                     self._standby = True
                     self._idle.unpark()
+                do_not_spin()  # what has been begun comes first
                 await self._answer(request, view, length)
             self._turn += 1
             if self._turn % _TURNS == 0:
@@ -193,6 +200,8 @@ class Device:
                 await self._content.fsync(handle, True)
                 self._reply(_REPLY.pack(_REPLY.size, 0, unique))
             elif opcode != _INTERRUPT:  # which nothing here takes so long that it would have to heed
+                if opcode == _INIT:
+                    self._init = unique
                 await self._to_libfuse(view[:length])
         except Exception as error:
             self._reply(_REPLY.pack(_REPLY.size, -self._content.failure(error), unique))
@@ -226,4 +235,18 @@ class Device:
         """The answers that libfuse has given so far."""
         with suppress(BlockingIOError):
             while True:
-                self._reply(self._libfuse.recv(_CONTROL_BYTES))
+                message = self._libfuse.recv(_CONTROL_BYTES)
+                if _REPLY.unpack_from(message)[2] == self._init:
+                    self._init = -1
+                    message = limited(message)
+                self._reply(message)
+
+
+def limited(message: bytes) -> bytes:
+    """libfuse's answer to INIT, with requests that are no larger than the buffers of a :class:`Device`."""
+    if len(message) < _AGREED.size:
+        return message  # it has refused
+    fields = list(_AGREED.unpack_from(message))
+    fields[9] = min(fields[9], _LARGEST)
+    fields[11] = min(fields[11], _LARGEST // os.sysconf("SC_PAGESIZE"))
+    return _AGREED.pack(*fields) + message[_AGREED.size :]
