@@ -38,7 +38,8 @@ def fio(*, uri: str = "", file: Path | None = None, rw: str, bs: str, depth: int
 
 
 def mib_per_second(side: Side, **arguments: Any) -> float:
-    """As :func:`fio`, after having what is read and copied in the page cache."""
+    """As :func:`fio`, with what is read and copied in the page cache, and nothing of earlier work to be written back."""
+    os.sync()
     warm(side.disk)
     have_memory()
     return float(fio(**arguments)["bw_bytes"]) / MIB

@@ -17,6 +17,8 @@ _SPIN_SECONDS: Final = 60e-6
 _BRISK_SECONDS: Final = 200e-6
 """Who slept for less than this asks for a moment the next time."""
 
+_MOST_PARTS: Final = 512  # of one sendmsg(2), which takes IOV_MAX
+
 T = TypeVar("T")
 _may_spin = len(os.sched_getaffinity(0)) > 1
 
@@ -75,15 +77,17 @@ async def send_all(
     """
     while parts:
         try:
-            sent = sock.sendmsg(parts)
+            sent = sock.sendmsg(parts[:_MOST_PARTS])
         except BlockingIOError:
             await trio.lowlevel.wait_writable(sock)
             continue
         progress()
-        for number, part in enumerate(parts):
+        whole = 0
+        for part in parts[:_MOST_PARTS]:
             if sent < len(part):
-                parts = (memoryview(part)[sent:], *parts[number + 1 :])
                 break
             sent -= len(part)
-        else:
-            return
+            whole += 1
+        parts = parts[whole:]
+        if sent:
+            parts = (memoryview(parts[0])[sent:], *parts[1:])

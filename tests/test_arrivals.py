@@ -24,7 +24,16 @@ async def test_all_that_is_sent_arrives_in_order(pair: tuple[socket.socket, sock
     """In parts of all sizes, more than the socket holds at a time."""
     near, far = pair
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    parts = [bytes(0), os.urandom(1), bytearray(os.urandom(1 << 20)), memoryview(os.urandom(70_000)), os.urandom(3), bytes(0)] * 2
+    small = [os.urandom(i % 7) for i in range(3000)]  # more than one system call takes
+    parts = [
+        *small,
+        bytes(0),
+        os.urandom(1),
+        bytearray(os.urandom(1 << 20)),
+        memoryview(os.urandom(70_000)),
+        os.urandom(3),
+        bytes(0),
+    ] * 2
     arrived = bytearray()
     progress: list[None] = []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from disks import assert_sound, qemu_img, same
+from disks import assert_sound, put, qemu_img, same
 from volumes import checkpoint, content, on_disk, primary, secondary, until_connected, until_stage
 
 from replfs.block.node import Data, Node
@@ -656,3 +656,13 @@ async def test_disks_of_any_size(tmp_path: Path, size: int) -> None:
         assert await outcome(far, Operation.FAILOVER) == OK
         await until_stage(far, Stage.DONE)
         assert same(on_disk(far), b"o" + before[1:])
+
+
+async def test_a_write_of_nothing_changes_nothing(tmp_path: Path) -> None:
+    async with secondary(tmp_path, b"o" * CLUSTER) as volume:
+        for node in (volume.exported, volume.view):
+            for offset in (0, 1000, CLUSTER):
+                await put(node, offset, b"")
+        assert bytes(await volume.view.read(0, CLUSTER)) == bytes(await volume.exported.read(0, CLUSTER)) == b"o" * CLUSTER
+        assert volume.view.layers is not None
+        assert volume.view.layers.hidden.missing(0, CLUSTER) == [(0, CLUSTER)]

@@ -83,7 +83,7 @@ class CopyBeforeWrite(Node):
         return None if self._gate.shutting else self.disk.locate(start, stop)
 
     def write_at_once(self, offset: int, data: Data) -> bool:
-        if self._gate.shutting or self.fenced or self.unsettled is not None:
+        if not data or self._gate.shutting or self.fenced or self.unsettled is not None:
             return False
         start, stop = self._whole(offset, len(data))
         if not self._locks.free(start, stop):

@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 _RECEIVE_SIZE: Final = 64 << 10
 _SEND_SIZE: Final = 1 << 20  # bytes after which queued requests wait for the next send
-_SEND_PARTS: Final = 512  # of a message that the kernel takes at once
 PATIENCE: Final = 6
 _FEW: Final = 8  # requests under way for which sending each by itself is faster than sending many together
 _MAX_STATUS: Final = 1 << 30  # bytes that one BLOCK_STATUS asks for
@@ -108,9 +107,9 @@ class NbdTarget(Node):
     async def write(self, offset: int, data: Data) -> None:
         if len(data) <= self._info.maximum_payload:
             if data:
-                await self._call(wire.NBD_CMD_WRITE, 0, offset, len(data), data)
+                await self._call(wire.NBD_CMD_WRITE, 0, offset, len(data), bytes(data))
             return
-        view = memoryview(data)
+        view = memoryview(bytes(data))  # a request that is cancelled may be sent all the same, when the caller has the data back
         for start, size in self._pieces(offset, len(data)):
             await self._call(wire.NBD_CMD_WRITE, 0, start, size, view[start - offset : start - offset + size])
 
@@ -224,7 +223,7 @@ class NbdTarget(Node):
             sent -= len(rest.pop(0))
         if rest:
             rest[0] = rest[0][sent:]
-            self._begun = rest
+            self._begun = [b"".join(rest)]
             self._sender.unpark()
         call.message = []
         return True
@@ -256,8 +255,7 @@ class NbdTarget(Node):
                     message += call.message
                     size += len(call.message[1])
                     call.message = []
-                for at in range(0, len(message), _SEND_PARTS):
-                    await send_all(self._socket, message[at : at + _SEND_PARTS], self._took_some)
+                await send_all(self._socket, message, self._took_some)
         except (OSError, trio.ClosedResourceError):
             self._give_up("the connection broke", errno.ECONNRESET)
 
