@@ -115,6 +115,8 @@ class CopyBeforeWrite(Node):
             await self.disk.read_into(offset, buffer)
 
     async def write(self, offset: int, data: Data) -> None:
+        if not data:
+            return
         start, stop = self._whole(offset, len(data))
         async with self._gate, self._locks.hold(start, stop):
             with self._reporting():
