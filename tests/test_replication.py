@@ -666,3 +666,40 @@ async def test_a_write_of_nothing_changes_nothing(tmp_path: Path) -> None:
         assert bytes(await volume.view.read(0, CLUSTER)) == bytes(await volume.exported.read(0, CLUSTER)) == b"o" * CLUSTER
         assert volume.view.layers is not None
         assert volume.view.layers.hidden.missing(0, CLUSTER) == [(0, CLUSTER)]
+
+
+async def test_nothing_is_done_at_once_where_somebody_else_is_at_work(tmp_path: Path) -> None:
+    data = b"x" * 4096
+    async with secondary(tmp_path, b"o" * 2 * CLUSTER, durability="process") as volume:
+        for node in (volume.exported, volume.view):
+            assert node.read_at_once(0, memoryview(bytearray(4096)))
+            async with volume.gate.shut():
+                assert not node.write_at_once(0, data)
+                assert not node.read_at_once(0, memoryview(bytearray(4096)))
+        reading = volume.disk.read_into
+        under_way: list[bool] = []
+
+        async def read_into(offset: int, buffer: memoryview) -> None:
+            under_way.extend(volume.exported.write_at_once(place, b"n" * 512) for place in (512, CLUSTER))
+            await reading(offset, buffer)
+
+        volume.disk.read_into = read_into  # type: ignore[method-assign]
+        await volume.exported.write(0, b"n" * 512)
+        assert under_way == [False, True]  # in the subcluster that is being saved, and elsewhere
+        assert same(await content(volume), b"o" * 2 * CLUSTER)
+
+
+async def test_a_primary_does_nothing_at_once_where_somebody_else_is_at_work(tmp_path: Path) -> None:
+    async with pair(tmp_path, 2 * CLUSTER, protocol="async") as (near, far):
+        await near.view.write(0, b"x" * 4096)  # from now on the extent is hot
+        assert near.view.write_at_once(0, b"x" * 4096)
+        async with near.view.gate.shut():
+            assert not near.view.write_at_once(0, b"x" * 4096)
+        async with near.view.locks.hold(8192, 8193):
+            assert not near.view.write_at_once(4096, b"x" * 8192)
+            assert near.view.write_at_once(12288, b"x" * 4096)
+        changing = bytearray(b"1" * 4096)
+        assert near.view.write_at_once(0, changing)
+        changing[:] = b"2" * 4096  # it is the caller's again
+        await near.link.drain()
+        assert on_disk(far)[:4096] == b"1" * 4096

@@ -4,7 +4,7 @@ import trio
 
 from replfs.block.replication.secondary import SecondaryFilter
 
-_WINDOW = 4 << 20
+_WINDOW = 2 << 20
 _PIECE = 2 << 20  # the largest cluster of a qcow2 disk, so that whole ones can give their room back
 
 

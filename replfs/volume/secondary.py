@@ -37,7 +37,7 @@ from replfs.volume.state import NotDurable
 
 logger = logging.getLogger(__name__)
 
-_TRACKED_AT_ONCE = 64 << 20
+_TRACKED_AT_ONCE = 4 << 20
 _FENCED = frozenset({Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE})
 
 
