@@ -1323,8 +1323,9 @@ async def use_again(driver: Driver, seed: int) -> None:
     ports = ("view", "disk") if both else ("view",)
     for port in ports:
         for _ in range(2):
-            length = chance.choice((300, 512, 5000, 20_000))
-            await driver.write(port, chance.randrange(size - length), length)
+            length = chance.choice((300, 512, 4096, 5000, 20_000))
+            offset = chance.randrange(size - length)
+            await driver.write(port, offset - offset % 2048 if length == 4096 else offset, length)
         await driver.flush(port)
     await driver.check()
     if both:

@@ -136,6 +136,8 @@ async def test_what_was_not_committed_is_there_after_a_kill(tmp_path: Path) -> N
     for step in range(400):
         offset = choose.randrange(SIZE - 1)
         length = min(choose.choice((1, 512, 2048, 3000, 70_000)), SIZE - offset)
+        if step % 2:  # whole subclusters
+            offset, length = offset - offset % 2048, choose.choice((2048, 4096))
         if step % 7 == 3:
             await image.write_zeroes(offset, length)
             model[offset : offset + length] = bytes(length)

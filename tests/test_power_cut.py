@@ -17,12 +17,14 @@ from crash import SECTOR, Case, Driver, Explored, Scratch, Setup, explore, patte
 from harness import run
 from volumes import until_connected
 
+from replfs.block.qcow2.overlay import SUBCLUSTER
 from replfs.block.raw import Raw
 from replfs.block.replication.rules import Mode, Operation
 from replfs.export.nbd import NbdServer
 from replfs.protocol.nbd.uri import UnixAddress
 
 SIZE = (256 << 10) + 3 * SECTOR
+WHOLE = (SUBCLUSTER, 4096)
 LENGTHS = (512, 512, 700, 2048, 4096, 9000, 20_000, 65_536, 70_001)
 DISKS = {
     "raw": [],
@@ -80,9 +82,11 @@ async def some(driver: Driver, seed: object, count: int, ports: tuple[str, ...],
     for _ in range(count):
         port = chance.choice(ports)
         offset = chance.choice((chance.choice(places), chance.randrange(start, stop)))
-        if chance.random() < 0.5:
-            offset = max(offset // SECTOR * SECTOR, start)
-        length = min(chance.choice(LENGTHS), stop - offset)
+        whole = len(ports) > 1 and chance.random() < 0.4  # subclusters of overlays, which take the shortest way
+        if whole or chance.random() < 0.5:
+            unit = SUBCLUSTER if whole else SECTOR
+            offset = max(offset // unit * unit, start)
+        length = min(chance.choice(WHOLE if whole else LENGTHS), stop - offset)
         what = chance.random()
         if what < 0.65:
             await driver.write(port, offset, length)

@@ -93,15 +93,17 @@ async def check_read(volume: SecondaryVolume, offset: int, expected: bytes) -> N
 
 
 @settings(max_examples=80)
-@given(st.lists(step, max_size=10), st.integers(0, 255))
-async def test_the_view_and_the_disk_are_what_the_contract_says(steps: list[list[Request] | str], seed: int) -> None:
+@given(st.lists(step, max_size=10), st.integers(0, 255), st.sampled_from(["power", "process"]))
+async def test_the_view_and_the_disk_are_what_the_contract_says(
+    steps: list[list[Request] | str], seed: int, durability: str
+) -> None:
     with tempfile.TemporaryDirectory() as directory, trio.fail_after(100):
         folder = Path(directory)
         before = bytes((seed + i * 13 + (i >> 9)) % 256 for i in range(SIZE))
         model = Model(before)
         first: bytes | None = before
         while first is not None or steps:
-            async with secondary(folder, first) as volume:
+            async with secondary(folder, first, durability=durability) as volume:
                 first = None
                 while steps:
                     now = steps.pop(0)
