@@ -109,15 +109,18 @@ async def test_populate_saves_only_what_is_missing_and_zeroes_for_free(tmp_path:
     assert same(bytes(await image.read(0, image.size)), bytes(CLUSTER) + b"n" * CLUSTER + pattern(CLUSTER + 100, 3)[CLUSTER:])
 
 
-async def test_a_read_that_waited_for_the_disk_looks_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_read_that_waited_for_the_disk_looks_again(tmp_path: Path, at_once: bool) -> None:
     """While the disk is read for a subcluster, its old content is saved here and the disk is overwritten: the old is read."""
     disk = raw(tmp_path / "disk.raw", b"o" * CLUSTER)
     image = overlay(tmp_path / "over.qcow2", disk)
+    await image.write(CLUSTER - SUBCLUSTER, b"x" * SUBCLUSTER)
     plain_read = disk.read_into
 
     async def overtaken(offset: int, buffer: memoryview) -> None:
         if image.missing(0, SUBCLUSTER):
-            await image.populate(0, b"o" * SUBCLUSTER)
+            if not at_once or not image.populate_at_once(0, b"o" * SUBCLUSTER):
+                await image.populate(0, b"o" * SUBCLUSTER)
             await disk.write(0, b"n" * CLUSTER)
         await plain_read(offset, buffer)
 
