@@ -303,6 +303,7 @@ HUGE = Scenario(
     "huge",
     _huge,
     (
+        _checkpoint,
         Workload("16 TiB, 100,000 random writes of 4 KiB", "MiB/s", _huge_writes, at_least(10)),
         Workload(
             "16 TiB, room for each of them",
