@@ -40,8 +40,8 @@ def _measure(workload: Workload, number: int, found: dict[str, Side], results: R
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Fewer rounds, and without the largest disk: within 5 minutes.")
-@click.option("--rounds", type=click.IntRange(1), help="How often everything is measured (5, and 2 with --quick).")
+@click.option("--quick", is_flag=True, help="One round, and without the largest disk: within 5 minutes.")
+@click.option("--rounds", type=click.IntRange(1), help="How often everything is measured (5, and once with --quick).")
 @click.option(
     "--scenario", "scenarios", multiple=True, type=click.Choice([s.name for s in SCENARIOS]), help="Only this; repeatable."
 )
@@ -52,7 +52,7 @@ def _measure(workload: Workload, number: int, found: dict[str, Side], results: R
 )
 def main(quick: bool, rounds: int | None, scenarios: tuple[str, ...], only: str, path: Path | None, where: Path | None) -> None:
     """Measure replfs beside QEMU's block layer on this machine, and print the ratios of medians."""
-    rounds = rounds or (2 if quick else 5)
+    rounds = rounds or (1 if quick else 5)
     chosen = [s for s in SCENARIOS if (s.name in scenarios if scenarios else not (quick and s.slow))]
     results = Results()
     failed = ""

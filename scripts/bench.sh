@@ -3,7 +3,7 @@
 #
 #   scripts/bench.sh [--quick] [--rounds N] [--scenario NAME]... [--only WORDS] [--json FILE] [--dir DIRECTORY]
 #
-# What is missing is set up first. With --quick it ends within 5 minutes; else it takes about 20. It needs 6 GiB of room in DIRECTORY
+# What is missing is set up first. With --quick it ends within 5 minutes; else it takes about 25. It needs 6 GiB of room in DIRECTORY
 # (default: /tmp), which should be on the kind of disk that matters to you, and nothing else to do for the machine meanwhile.
 #
 # Exit status: 0 it has measured, whatever came out; 1 something that was to be measured does not work, which a line tells.
