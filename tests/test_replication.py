@@ -687,6 +687,8 @@ async def test_nothing_is_done_at_once_where_somebody_else_is_at_work(tmp_path: 
         await volume.exported.write(0, b"n" * 512)
         assert under_way == [False, True]  # in the subcluster that is being saved, and elsewhere
         assert same(await content(volume), b"o" * 2 * CLUSTER)
+        volume.exported.fenced = True
+        assert not volume.exported.write_at_once(CLUSTER, b"f" * 512)
 
 
 async def test_a_primary_does_nothing_at_once_where_somebody_else_is_at_work(tmp_path: Path) -> None:
