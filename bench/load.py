@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def fill(side: ReplfsSecondary | QemuSecondary, megabytes: int) -> None:
     fio(**what, uri=side.uri)
 
 
-def seconds_of(action: Any) -> float:
+def seconds_of(action: Callable[[], None]) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
@@ -114,8 +115,3 @@ def failover(side: ReplfsSecondary | QemuSecondary, megabytes: int) -> tuple[flo
         served = time.perf_counter() - began
     wait_until(side.committed, "the commit")
     return served, megabytes / (time.perf_counter() - began)
-
-
-def hidden_per_byte(side: Side, written: float) -> float:
-    """Bytes of room in the hidden disk for each byte that was written."""
-    return side.overlay_bytes("hidden") / written

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +34,7 @@ def wait_until(condition: Callable[[], bool], what: str, every: float = 0.005) -
         time.sleep(every)
 
 
-class Side:
+class Side(ABC):
     """``folder`` is its own, and removed at the end; ``disk`` is there already."""
 
     file: Path
@@ -44,27 +45,18 @@ class Side:
         self.disk = disk
         folder.mkdir()
 
+    @abstractmethod
     def start(self) -> None:
         """From nothing: whatever overlays there were are gone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
-        raise NotImplementedError
+        """The processes have ended."""
 
     def checkpoint(self) -> None:
         """Have empty overlays."""
         self.stop()
         self.start()
-
-    def process_id(self) -> int:
-        raise NotImplementedError
-
-    def resident(self) -> int:
-        """Bytes of memory that the process has."""
-        for line in Path(f"/proc/{self.process_id()}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) << 10
-        raise BenchError("no VmRSS")
 
     def overlay_bytes(self, layer: str) -> int:
         """Bytes of the file system that an overlay takes."""
@@ -111,8 +103,10 @@ class Replfs(Side):
         assert isinstance(found, dict)
         return found
 
-    def process_id(self) -> int:
-        return int(self.status()["pid"])
+    def resident(self) -> int:
+        """Bytes of memory that the process has."""
+        resident_pages = Path(f"/proc/{self.status()['pid']}/statm").read_text().split()[1]
+        return int(resident_pages) * os.sysconf("SC_PAGESIZE")
 
 
 class ReplfsSecondary(Replfs):
@@ -206,9 +200,6 @@ class Qemu(Side):
         self._lines.close()
         if self._process.wait(timeout=_PATIENCE):
             raise BenchError(f"{self.program} ended with status {self._process.returncode}")
-
-    def process_id(self) -> int:
-        return self._process.pid
 
     def _make_overlays(self) -> tuple[Path, Path]:
         paths = self.folder / "active.qcow2", self.folder / "hidden.qcow2"

@@ -166,7 +166,7 @@ INGEST = Scenario(
         Workload(
             "NBD room in the hidden disk for each byte written",
             "bytes",
-            lambda side: load.hidden_per_byte(side, FIRST["number_ios"] * 4096),
+            lambda side: side.overlay_bytes("hidden") / (FIRST["number_ios"] * 4096),
             at_most(0.1),
             limits=(("replfs", 1.1),),
         ),

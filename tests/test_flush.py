@@ -56,7 +56,10 @@ async def test_a_synchronous_descriptor_syncs_each_write(tmp_path: Path, synced:
             synced.clear()
             await file.write(handle, 0, b"x" * 512)
             assert "active.0.qcow2" in synced
+        assert file.write_at_once(handle, 0, b"x" * 512) < 0  # it has to wait for that
         plain = await opened(file, os.O_RDWR)
+        assert file.write_at_once(plain, 0, b"x" * 512) == 512
+        assert file.write_at_once(plain, SIZE - 256, b"x" * 512) < 0  # which ends behind the disk
         synced.clear()
         await file.write(plain, 0, b"x" * 512)
         assert synced == []

@@ -88,6 +88,25 @@ class Memory(Node):
         pass
 
 
+class Prompt(Memory):
+    """One that can do at once whatever can be."""
+
+    def _do_at_once(self, what: str) -> None:
+        self.asked.append(what)
+        if self.fault is not None:
+            raise self.fault
+
+    def read_at_once(self, offset: int, buffer: memoryview) -> bool:
+        self._do_at_once("read")
+        buffer[:] = self.content[offset : offset + len(buffer)]
+        return True
+
+    def write_at_once(self, offset: int, data: Data) -> bool:
+        self._do_at_once("write")
+        self.content[offset : offset + len(data)] = data
+        return True
+
+
 @pytest.fixture(autouse=True)
 def only_expected_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """A warning or a traceback in the log that the test does not take away fails the test."""
@@ -210,8 +229,9 @@ async def nbdsh(target: str, script: str, *options: str) -> None:
     await run("nbdsh", "--base-allocation", *options, "-u", target, "-c", NBDSH + script)
 
 
-async def test_every_request_of_libnbd_does_what_it_says(address: UnixAddress) -> None:
-    node = Memory()
+@pytest.mark.parametrize("kind", [Memory, Prompt])
+async def test_every_request_of_libnbd_does_what_it_says(address: UnixAddress, kind: type[Memory]) -> None:
+    node = kind()
     async with serving(node, address):
         await nbdsh(
             uri(address),
@@ -235,8 +255,11 @@ assert found == [("base:allocation", 1, [4095, 0, 4097, 3]), ("base:allocation",
     assert node.content[-3:] == b"end"
 
 
-async def test_what_a_client_must_not_ask_fails_with_the_error_of_the_specification(address: UnixAddress) -> None:
-    node = Memory()
+@pytest.mark.parametrize("kind", [Memory, Prompt])
+async def test_what_a_client_must_not_ask_fails_with_the_error_of_the_specification(
+    address: UnixAddress, kind: type[Memory]
+) -> None:
+    node = kind()
     async with serving(node, address):
         await nbdsh(
             uri(address),
@@ -383,8 +406,11 @@ READ = request(wire.NBD_CMD_READ, 0, 4)
 WRITE = request(wire.NBD_CMD_WRITE, 0, 4, b"data")
 
 
-async def test_an_error_of_the_node_fails_its_request_only(address: UnixAddress, caplog: pytest.LogCaptureFixture) -> None:
-    node = Memory()
+@pytest.mark.parametrize("kind", [Memory, Prompt])
+async def test_an_error_of_the_node_fails_its_request_only(
+    address: UnixAddress, caplog: pytest.LogCaptureFixture, kind: type[Memory]
+) -> None:
+    node = kind()
     cases: list[tuple[Exception, int]] = [
         (OSError(errno.ENOSPC, "full"), wire.NBD_ENOSPC),
         (OSError(errno.EDQUOT, "full"), wire.NBD_ENOSPC),
@@ -409,8 +435,9 @@ async def test_an_error_of_the_node_fails_its_request_only(address: UnixAddress,
         await stream.aclose()
 
 
-async def test_a_client_with_structured_replies_is_told_in_words(address: UnixAddress) -> None:
-    node = Memory()
+@pytest.mark.parametrize("kind", [Memory, Prompt])
+async def test_a_client_with_structured_replies_is_told_in_words(address: UnixAddress, kind: type[Memory]) -> None:
+    node = kind()
     node.fault = OSError(errno.EIO, "the disk is on fire")
     async with serving(node, address):
         stream = await raw(address, structured=True)

@@ -168,11 +168,9 @@ class Entries:
     # Making them
 
     def _bitmap(self, cluster: int, start: int, stop: int) -> int:
-        """The bits of a cluster's subclusters that ``start .. stop`` touches."""
+        """As :meth:`bits`, of the part of ``start .. stop`` that lies in this cluster."""
         base = cluster << self._bits
-        low = max(start - base, 0) >> self._subcluster_bits
-        high = -(-(min(stop, base + self._cluster) - base) >> self._subcluster_bits)
-        return (1 << high) - (1 << low)
+        return self.bits(max(start, base), min(stop, base + self._cluster))
 
     def held(self, old: "array.array[int]", cluster: int, host: int, start: int, stop: int) -> "array.array[int]":
         """What the ``old`` entries, from the disk's ``cluster`` on, become when ``start .. stop`` is data from ``host`` on."""
