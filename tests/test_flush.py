@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +135,60 @@ async def test_a_checkpoint_puts_the_disk_on_stable_storage_before_it_is_saved(t
         state_at_sync = []
         plain = volume.directory.save
 
-        def save(state: Any) -> None:
+        def save(state: Any, *, durably: bool) -> None:
+            assert durably
             state_at_sync.append(list(synced))
             plain(state)
 
         volume.directory.save = save  # type: ignore[method-assign]
         await checkpoint(volume)
         assert state_at_sync == [["secondary.raw"]]
+
+
+async def test_without_power_a_checkpoint_does_not_wait_for_stable_storage_but_gets_there(tmp_path: Path) -> None:
+    async with secondary(tmp_path, bytes(SIZE), durability="process") as volume:
+        plain, may_settle, began = volume.directory.settle, threading.Event(), trio.Event()
+        token = trio.lowlevel.current_trio_token()
+
+        def settle() -> None:
+            token.run_sync_soon(began.set)
+            assert may_settle.wait(30)
+            plain()
+
+        volume.directory.settle = settle  # type: ignore[method-assign]
+        old = volume.directory.overlay("hidden", 0)
+        try:
+            await volume.exported.write(0, b"x" * 512)
+            await checkpoint(volume)
+            assert bytes(await volume.view.read(0, 512)) == b"x" * 512
+            await began.wait()
+            for _ in range(50):  # in which it would be gone
+                await trio.to_thread.run_sync(time.sleep, 0)
+            assert old.exists(), "a power cut may bring the state back that names it"
+        finally:
+            may_settle.set()
+        while old.exists():
+            await trio.lowlevel.checkpoint()
+
+
+async def test_without_power_a_checkpoint_fails_too_if_the_disk_has_lost_something(tmp_path: Path) -> None:
+    async with secondary(tmp_path, bytes(SIZE), durability="process") as volume:
+        await volume.exported.write(0, b"x" * 512)
+        file = volume.disk.file
+        plain = file._fdatasync
+
+        def fails() -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        file._fdatasync = fails  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="Input/output error"):
+            await volume.disk.flush()
+        file._fdatasync = plain  # type: ignore[method-assign]
+        with pytest.raises(ReplfsError, match="an earlier fdatasync failed"):
+            await checkpoint(volume)
+        assert volume.state.generation == 0
+        await volume.exported.write(0, b"x" * 4096)
+        await checkpoint(volume)
 
 
 async def test_a_checkpoint_fails_if_the_disk_cannot_be_made_durable(tmp_path: Path) -> None:

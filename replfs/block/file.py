@@ -17,26 +17,30 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
+from outcome import Outcome
 from pyroaring import BitMap64
 
-from replfs.block.node import Data, Extent, merge
+from replfs.block.node import Data, Extent, Piece, merge
 
 _KEEP_SIZE: Final = 1  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 _PUNCH_HOLE: Final = 2
 _ZERO_RANGE: Final = 16
+_BEGIN_WRITING: Final = 2  # sync_file_range(2): SYNC_FILE_RANGE_WRITE
 _UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.ENOTTY})
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ZERO_STEP: Final = 1 << 20
+_COPY_STEP: Final = 1 << 20
 _ZEROES: Final = bytes(_ZERO_STEP)
 _PAGE_BITS: Final = 12
 _PAGE: Final = 1 << _PAGE_BITS
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
 def _note_nothing(path: str, kind: str, error: OSError) -> None:
@@ -57,6 +61,7 @@ class File:
         self._suspect = BitMap64()  # pages that an earlier sync could not make durable
         self._sync_lock = trio.Lock()
         self._rounds_begun = 0
+        self._writing_back = False  # a thread is about to have the kernel do so
 
     def _failed(self, kind: str, error: OSError) -> OSError:
         self._note(self.path, "full" if error.errno in _NO_ROOM else kind, error)
@@ -146,6 +151,51 @@ class File:
         if self._suspect:
             self._changed(offset, length)
 
+    async def copy(self, pieces: Sequence[Piece]) -> None:
+        """Write what other files hold, in a worker thread; then it is on its way to stable storage, so that a sync has less to do.
+
+        After an error, any part of it may have been written. Raises OSError.
+        """
+        for piece in pieces:
+            self._changing(piece.offset, piece.length)
+        await trio.to_thread.run_sync(self._copy, pieces)
+        for piece in pieces:
+            self._changing(piece.offset, piece.length)
+            if self._suspect:
+                self._changed(piece.offset, piece.length)
+        if not self._writing_back:
+            self._writing_back = True
+            trio.lowlevel.start_thread_soon(self._begin_writing_back, self._has_begun_writing_back)
+
+    def _begin_writing_back(self) -> None:
+        _libc.sync_file_range(self.fd, 0, 0, _BEGIN_WRITING)  # a hint: what goes wrong, a sync will tell
+
+    def _has_begun_writing_back(self, _: Outcome[None]) -> None:
+        self._writing_back = False
+
+    def _copy(self, pieces: Sequence[Piece]) -> None:
+        for file, position, offset, length in pieces:
+            copied = 0
+            while copied < length and (more := self._copy_inside(file, position + copied, offset + copied, length - copied)):
+                copied += more
+            while copied < length:
+                data = file.read_now(position + copied, min(length - copied, _COPY_STEP))
+                if not data:
+                    raise file.too_short(position, length)
+                self.write(offset + copied, data)
+                copied += len(data)
+
+    def _copy_inside(self, file: "File", position: int, offset: int, length: int) -> int:
+        """Have the file system copy: how many bytes, 0 if it does not, for whatever reason."""
+        try:
+            return os.copy_file_range(file.fd, self.fd, length, position, offset)
+        except OSError:
+            return 0
+
+    def too_short(self, position: int, length: int) -> OSError:
+        """What to raise where bytes are missing that have to be there."""
+        return OSError(errno.EIO, f"{self.path} has not got the {length} bytes from {position} on that it should")
+
     def write_durably(self, offset: int, data: Data) -> None:
         """As :meth:`write`, and these bytes are on stable storage when it returns, before anything else that was written.
 
@@ -222,12 +272,12 @@ class File:
             self._fdatasync()
         except OSError as error:
             raise self._round_failed(unsynced, error) from None
-        self._check_suspect()
+        self.check_suspect()
 
     async def sync(self) -> None:
         """Everything written before this call is on stable storage when it returns. Raises OSError."""
         if not (self._unsynced or self._inherited or self._sync_lock.locked()):
-            return self._check_suspect()
+            return self.check_suspect()
         covered_by = self._rounds_begun + 1
         async with self._sync_lock:
             if self._rounds_begun < covered_by and (self._unsynced or self._inherited):
@@ -237,7 +287,7 @@ class File:
                         await trio.to_thread.run_sync(self._fdatasync)
                 except OSError as error:
                     raise self._round_failed(unsynced, error) from None
-            self._check_suspect()
+            self.check_suspect()
 
     def _begin_round(self) -> BitMap64:
         self._rounds_begun += 1
@@ -251,7 +301,7 @@ class File:
         self._suspect |= unsynced | self._unsynced  # what was written meanwhile may be what has failed
         return self._failed("sync", error)
 
-    def _check_suspect(self) -> None:
+    def check_suspect(self) -> None:
         """Raises OSError (EIO) if an earlier sync has failed for what was not written since."""
         if self._suspect:
             first = self._suspect.min() << _PAGE_BITS

@@ -13,12 +13,22 @@ a disk. Nodes that need more order than that take it themselves (:mod:`replfs.bl
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from replfs.block.file import File
 
 Data = bytes | bytearray | memoryview
+
+
+class Piece(NamedTuple):
+    """``length`` bytes that are at ``position`` of a file, and are to be at ``offset`` of a disk."""
+
+    file: "File"
+    position: int
+    offset: int
+    length: int
 
 
 class Extent(NamedTuple):
@@ -69,6 +79,14 @@ class Node(ABC):
 
         ``data`` is the caller's again when this has returned: who needs it for longer makes a copy.
         """
+
+    async def copy(self, pieces: Sequence[Piece]) -> None:
+        """As :meth:`write`, of bytes that lie in files and stay what they are until this returns. Pieces have a few MiB each."""
+        for file, position, offset, length in pieces:
+            buffer = bytearray(length)
+            if await file.read_into(position, memoryview(buffer)) != length:
+                raise file.too_short(position, length)
+            await self.write(offset, buffer)
 
     @abstractmethod
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:

@@ -1,9 +1,10 @@
 """A raw disk: the bytes of a regular file or block device as they are."""
 
 import errno
+from collections.abc import Sequence
 
 from replfs.block.file import File
-from replfs.block.node import Data, Extent, Node
+from replfs.block.node import Data, Extent, Node, Piece
 
 
 class Raw(Node):
@@ -28,6 +29,9 @@ class Raw(Node):
 
     async def write(self, offset: int, data: Data) -> None:
         self.file.write(offset, data)
+
+    async def copy(self, pieces: Sequence[Piece]) -> None:
+        await self.file.copy(pieces)
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
         if length:

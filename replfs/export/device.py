@@ -3,7 +3,8 @@
 libfuse mounts, and is then given one end of a socket pair in place of /dev/fuse. What the kernel asks for arrives here. The three
 requests that make up nearly all of a machine's life are carried out in a few steps; any other one is handed to libfuse as it is,
 and its answer back. So the data's path has no system call that only waits, and no copy but the kernel's own: a read goes
-into the very buffer that is the reply, and a write comes out of the one that it was received in.
+into the very buffer that is the reply, and a write comes out of the one that it was received in. Large reads do not even pass
+through here (:mod:`replfs.export.splice`).
 
 All workers do the same: one receives a request and carries it out; before that it sees to it that another one is awake (the
 standby), which goes on receiving if the request has to wait.
@@ -27,7 +28,9 @@ from typing import Final, Protocol
 import trio
 
 from replfs.arrivals import Arrivals, do_not_spin
+from replfs.block.file import File
 from replfs.block.node import Data
+from replfs.export.splice import LARGEST, Pipe
 
 _READ: Final = 15
 _WRITE: Final = 16
@@ -47,7 +50,7 @@ _AGREED: Final = struct.Struct("=IiQIIIIHHIIH")
 granularity of times, most pages of a request."""
 _INVALIDATE: Final = struct.Struct("=IiQQqq")  # the same, and node, offset, length
 
-_LARGEST: Final = 1 << 20  # bytes of one read or write
+_SPLICED: Final = 128 << 10  # bytes of a read that are worth it
 _WORKERS: Final = 32
 _TURNS: Final = 32  # requests that are answered before other tasks get a turn, should none of them have to wait
 _CONTROL_BYTES: Final = 1 << 20
@@ -55,6 +58,9 @@ _CONTROL_BYTES: Final = 1 << 20
 
 class Content(Protocol):
     """Who answers the requests about the file's content; what they raise is turned into an errno by :meth:`failure`."""
+
+    def locate(self, off: int, size: int) -> tuple[File, int] | None:
+        """Where all of a range lies, see :meth:`replfs.block.node.Node.locate`."""
 
     def read_at_once(self, off: int, buffer: memoryview) -> int:
         """As :meth:`read`, if that need not wait, else -1."""
@@ -95,12 +101,14 @@ class Device:
         self._standby = False  # one of them has been woken and did not run yet
         self._turn = 0
         self._arrivals = Arrivals(self._fd)
+        self._pipe = Pipe()
 
     def give_back(self) -> None:
         """Let libfuse have /dev/fuse again, so that it finds out by itself whether there is anything to unmount."""
         os.dup2(self._fd, self._libfuse_fd, inheritable=False)
         os.close(self._fd)
         self._libfuse.close()
+        self._pipe.close()
 
     def invalidate(self, inode: int) -> None:
         """Have the kernel write back and forget what it caches of a file, and its attributes.
@@ -125,7 +133,7 @@ class Device:
 
     async def _work(self) -> None:
         """A worker: whatever changes something does so while awake, and looks here again before it parks."""
-        buffer = mmap.mmap(-1, _DATA_AT + _LARGEST)  # of which only what is used takes memory
+        buffer = mmap.mmap(-1, _DATA_AT + LARGEST)  # of which only what is used takes memory
         view, attempt = memoryview(buffer), partial(os.readv, self._fd, [buffer])
         while not self._ended:
             if self._receiving:
@@ -171,6 +179,8 @@ class Device:
         _, opcode, unique, _, _, _, _, _, handle, offset, size = request
         try:
             if opcode == _READ:
+                if size >= _SPLICED and self._splice(unique, offset, size):
+                    return True
                 if (got := self._content.read_at_once(offset, view[_REPLY.size : _REPLY.size + size])) < 0:
                     return False
                 _REPLY.pack_into(view, 0, _REPLY.size + got, 0, unique)
@@ -184,6 +194,16 @@ class Device:
         except Exception as error:
             self._reply(_REPLY.pack(_REPLY.size, -self._content.failure(error), unique))
         return True
+
+    def _splice(self, unique: int, offset: int, size: int) -> bool:
+        found = self._content.locate(offset, size)
+        if found is None:
+            return False
+        try:
+            return self._pipe.answer(self._fd, _REPLY.pack(_REPLY.size + size, 0, unique), *found, size)
+        except OSError as error:
+            self._not_replied(error)
+            return True
 
     async def _answer(self, request: tuple[int, ...], view: memoryview, length: int) -> None:
         """Carry a request out, or have it carried out. The buffer has all of it, unless it is a read: then the reply is there."""
@@ -209,11 +229,14 @@ class Device:
     def _reply(self, message: Data) -> None:
         try:
             os.write(self._fd, message)
-        except FileNotFoundError:
-            pass  # nobody waits for it any more
         except OSError as error:
-            if error.errno not in (errno.ENODEV, errno.ECONNABORTED):  # the mount has ended meanwhile, as who receives finds out
-                raise
+            self._not_replied(error)
+
+    @staticmethod
+    def _not_replied(error: OSError) -> None:
+        """Raises the error, unless nobody waits for the reply any more, or the mount has ended, as who receives finds out."""
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+            raise error
 
     # libfuse
 
@@ -247,6 +270,6 @@ def limited(message: bytes) -> bytes:
     if len(message) < _AGREED.size:
         return message  # it has refused
     fields = list(_AGREED.unpack_from(message))
-    fields[9] = min(fields[9], _LARGEST)
-    fields[11] = min(fields[11], _LARGEST // os.sysconf("SC_PAGESIZE"))
+    fields[9] = min(fields[9], LARGEST)
+    fields[11] = min(fields[11], LARGEST // os.sysconf("SC_PAGESIZE"))
     return _AGREED.pack(*fields) + message[_AGREED.size :]

@@ -24,6 +24,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from replfs import control
+from replfs.block.file import File
 from replfs.block.node import Data
 from replfs.errors import ReplfsError
 from replfs.export.device import Device
@@ -188,6 +189,9 @@ class FuseExport(pyfuse3.Operations):
             raise FUSEError(errno.EPERM)  # as in setattr
         direct = bool(flags & os.O_DIRECT)
         return pyfuse3.FileInfo(fh=_SYNC if flags & os.O_DSYNC else _PLAIN, direct_io=direct, keep_cache=not direct)
+
+    def locate(self, off: int, size: int) -> tuple[File, int] | None:
+        return self._view.locate(off, off + size) if off + size <= self._view.size else None
 
     def read_at_once(self, off: int, buffer: memoryview) -> int:
         room = self._view.size - off

@@ -12,6 +12,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -19,6 +20,7 @@ import trio
 
 import replfs
 from replfs.block.cache import Cache
+from replfs.block.file import File
 from replfs.block.node import Node
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.journaling import use_journal
@@ -191,8 +193,11 @@ class Volume(ABC):
                 with suppress(OSError):  # which has been counted, and is told to who asks for stable storage
                     await image.changes.commit()
 
+    def _disk_files(self) -> list[File]:
+        return [self.disk.file, *([self.disk.data] if isinstance(self.disk, Image) else [])]
+
     def _sync_failed(self, path: str) -> None:
-        if path in (self.disk.file.path, *([self.disk.data.path] if isinstance(self.disk, Image) else [])):
+        if path in (file.path for file in self._disk_files()):
             self._syncs_failed.set()
 
     async def remember_failed_syncs(self) -> None:
@@ -210,8 +215,8 @@ class Volume(ABC):
                 logger.error("%s", error)
             self._syncs_failed = trio.Event()
 
-    async def flush_disk(self) -> dict[str, bool]:
-        """Put the disk on stable storage; gives what is to be saved about it, too.
+    async def flush_disk(self, *, durably: bool = True) -> dict[str, bool]:
+        """Put the disk on stable storage, if it is to be ``durably`` there; gives what is to be saved about it, too.
 
         Raises OSError; ReplfsError if an earlier process could not do so, since which part it was is not known any more.
         """
@@ -220,6 +225,10 @@ class Volume(ABC):
                 f"{printable(str(self.config.disk))} may have lost what was written to it: an earlier process could not put it"
                 f" on stable storage: make the copies equal again, and remove {printable(str(self.config.state_dir))} to start over"
             )
+        if not durably:
+            for file in self._disk_files():
+                file.check_suspect()
+            return {}
         await self.disk.flush()
         return {"suspect": False}
 
@@ -322,8 +331,10 @@ class Volume(ABC):
         """Raises OSError, ReplfsError."""
         await self._do[operation]()
 
-    async def save(self, **changes: Any) -> NotDurable | None:
+    async def save(self, *, durably: bool = True, **changes: Any) -> NotDurable | None:
         """Replace the state. Raises ReplfsError: the old one stands on disk and in memory.
+
+        Not ``durably``: it outlives this process, and its directory is to be settled for it to outlive a power cut, too.
 
         Gives an error back if the new one stands and is only not durable: to be raised when the nodes have been changed too.
         """
@@ -332,12 +343,13 @@ class Volume(ABC):
             problem = None
             try:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self.directory.save, new)
+                    await trio.to_thread.run_sync(partial(self.directory.save, new, durably=durably))
             except NotDurable as error:
                 logger.warning("%s", error)
                 problem = error
             self.state = new
-            self._saved_durably(problem is None)
+            if durably:
+                self._saved_durably(problem is None)
             return problem
 
     def _saved_durably(self, durable: bool) -> None:

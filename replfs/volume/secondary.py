@@ -16,7 +16,6 @@ import trio
 
 from replfs.block.copy_before_write import CopyBeforeWrite
 from replfs.block.locks import Gate
-from replfs.block.qcow2.entries import Kind
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.journaling import use_journal
 from replfs.block.qcow2.overlay import create_overlay, is_blank_overlay, open_overlay
@@ -37,7 +36,6 @@ from replfs.volume.state import NotDurable
 
 logger = logging.getLogger(__name__)
 
-_TRACKED_AT_ONCE = 4 << 20
 _FENCED = frozenset({Stage.FAILOVER, Stage.FAILOVER_FAILED, Stage.DONE})
 
 
@@ -57,6 +55,7 @@ class SecondaryVolume(Volume):
         """Where the server listens: what was asked for, with the port that the kernel picked if that was to be 0."""
         self._spare: Layers | None = None
         self._unsettled: list[Layers] = []  # pairs that a power cut may bring back
+        self._saves = 0  # how often a state was to be durable at once
         self._background: trio.Nursery | None = None
         self._serving, self._served = trio.CancelScope(), trio.Event()
 
@@ -202,22 +201,38 @@ class SecondaryVolume(Volume):
             except OSError as error:
                 logger.warning("an old overlay could not be deleted, the next mount will try again: %s", error)
 
-    def _give_up(self, layers: Layers | None, problem: NotDurable | None) -> None:
-        """Drop a pair that the state does not name any more; if a power cut may bring it back, not before that is over."""
-        if problem is None:
+    def _give_up(self, layers: Layers | None, *, settled: bool) -> None:
+        """Drop a pair that the state does not name any more; not ``settled``, a power cut may bring it back: when that is over."""
+        if settled:
             self._in_background(self._drop, layers)
         elif layers is not None:
             self._unsettled.append(layers)
 
     def _saved_durably(self, durable: bool) -> None:
+        self._saves += 1
         self.view.unsettled = self.exported.unsettled = None if durable else self._settle
         while durable and self._unsettled:
             self._in_background(self._drop, self._unsettled.pop())
 
     async def _settle(self) -> None:
         """Have the state be durable after all. Raises OSError."""
-        await trio.to_thread.run_sync(self.directory.sync)
-        self._saved_durably(True)
+        saves, ended = self._saves, list(self._unsettled)
+        await trio.to_thread.run_sync(self.directory.settle)
+        for layers in ended:
+            if layers in self._unsettled:
+                self._unsettled.remove(layers)
+                self._in_background(self._drop, layers)
+        if saves == self._saves:
+            self.view.unsettled = self.exported.unsettled = None
+
+    async def _settle_soon(self) -> None:
+        """What a checkpoint and a failover wait for with --durability power only, but which is to be so all the same."""
+        if not self.durable:
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._settle()
+            except OSError as error:
+                logger.warning("the state is saved, but may not outlive a power cut: %s", error)
 
     async def _remove(self, layers: Layers) -> None:
         """Close two overlays, and delete their files, which may take long. Raises OSError."""
@@ -283,17 +298,19 @@ class SecondaryVolume(Volume):
     async def _take_checkpoint(self, **changes: Any) -> None:
         """In one step with other ``changes`` of the state."""
         await self.drop_cache()  # pages that a mapping has changed belong to what is dropped now
-        await self.disk.flush()  # most of it, while requests still pass
+        if self.durable:
+            await self.disk.flush()  # most of it, while requests still pass
         if self._spare is None:
             self._spare = await self._make_pair(self.state.generation + 1)
         old = self.view.layers
         async with self.gate.shut():
-            flushed = await self.flush_disk()
-            problem = await self.save(generation=self.state.generation + 1, **flushed, **changes)
+            flushed = await self.flush_disk(durably=self.durable)
+            problem = await self.save(durably=self.durable, generation=self.state.generation + 1, **flushed, **changes)
             self._use(self._spare)
             self._spare = None
         await self.drop_cache()  # what readers have cached of the old view
-        self._give_up(old, problem)
+        self._give_up(old, settled=problem is None and self.durable)
+        self._in_background(self._settle_soon)
         self._in_background(self._prepare)
         _raise(problem)
 
@@ -314,19 +331,21 @@ class SecondaryVolume(Volume):
             )
         ids = self.state.ids.alone() if self.state.stage is Stage.RUNNING else self.state.ids
         async with self.gate.shut():
-            problem = await self.save(stage=Stage.FAILOVER, error=False, ids=ids)
+            problem = await self.save(durably=self.durable, stage=Stage.FAILOVER, error=False, ids=ids)
             self.view.tracking = self.tracking  # what the old primary will lack
             self.view.committed = 0
             self.view.stage = Stage.FAILOVER
             self.exported.fenced = True
         await self._fence()
+        self._in_background(self._settle_soon)
         self._in_background(self._commit)
         _raise(problem)
 
     async def _commit(self) -> None:
         try:
-            await self._track_overlays()
-            await commit(self.view)
+            assert self.tracking is not None
+            await commit(self.view, self._track)
+            await self.tracking.save()
             async with self.control_lock:
                 _raise(await self._finish())
             logger.info("failover: done, the disk holds the whole view")
@@ -338,25 +357,11 @@ class SecondaryVolume(Volume):
                 else:
                     logger.warning("failover: done, but %s", error)
 
-    async def _track_overlays(self) -> None:
-        """The old primary's disk is what this side's was, but for what the overlays hold. Raises OSError."""
-        layers = self.view.layers
-        assert layers is not None
+    def _track(self, start: int, length: int) -> None:
+        """The old primary's disk is what this side's was, but for what the overlays hold: this."""
         assert self.tracking is not None
-        for image in (layers.active, layers.hidden):
-            start = 0
-            while start < self.view.size:
-                may_hold, stop = image.may_hold(start)
-                if may_hold:
-                    for low in range(start, stop, _TRACKED_AT_ONCE):
-                        high = min(stop, low + _TRACKED_AT_ONCE)
-                        for part in image.ranges(low, high):
-                            if part.kind is not Kind.BACKING:
-                                first, last = self.tracking.span(part.start, part.stop - part.start)
-                                self.tracking.stale.add_range(first, last + 1)
-                        await trio.lowlevel.checkpoint()
-                start = stop
-        await self.tracking.save()
+        first, last = self.tracking.span(start, length)
+        self.tracking.stale.add_range(first, last + 1)
 
     async def _promoted(self) -> bool:
         """Become the primary of a new secondary, while this side's machine runs on."""
@@ -408,7 +413,7 @@ class SecondaryVolume(Volume):
             self.view.stage = Stage.DONE
             self.exported.fenced = True
         await self._fence()
-        self._give_up(old, problem)
+        self._give_up(old, settled=problem is None)
         spare, self._spare = self._spare, None
         self._in_background(self._drop, spare)
         return problem

@@ -140,8 +140,8 @@ class StateDirectory:
             )
         return state
 
-    def save(self, state: State) -> None:
-        """Replace the saved state and put it on stable storage. Waits for the device.
+    def save(self, state: State, *, durably: bool = True) -> None:
+        """Replace the saved state and put it on stable storage; not ``durably``, :meth:`settle` does. Waits for the device.
 
         Raises ReplfsError if it could not be replaced: the old one stands. Raises NotDurable if it was replaced, and only
         making that durable failed.
@@ -154,7 +154,8 @@ class StateDirectory:
             try:
                 file.write(0, data)
                 file.truncate(len(data))
-                file.sync_now()
+                if durably:
+                    file.sync_now()
             finally:
                 file.close()
             self._storage.replace(new, str(self.path / _FILE))
@@ -163,7 +164,8 @@ class StateDirectory:
                 f"cannot save the state in {printable(str(self.path))}: {error.strerror}", error.errno or errno.EIO
             ) from error
         try:
-            self.sync()
+            if durably:
+                self.sync()
         except OSError as error:
             raise NotDurable(
                 f"cannot make {printable(str(self.path))} durable: {error.strerror}", error.errno or errno.EIO
@@ -186,6 +188,15 @@ class StateDirectory:
     def sync(self) -> None:
         """Put the directory's entries on stable storage. Raises OSError."""
         self._storage.sync_directory(str(self.path))
+
+    def settle(self) -> None:
+        """Put the saved state on stable storage, whoever has saved it. Raises OSError."""
+        file = self._storage.open_own(str(self.path / _FILE))
+        try:
+            file.sync_now()
+        finally:
+            file.close()
+        self.sync()
 
     def overlay(self, layer: str, generation: int) -> Path:
         """The path of a generation's ``active`` or ``hidden`` overlay."""

@@ -70,12 +70,15 @@ class Changes:
 
     # Taking notes
 
-    def watches(self, cluster: int) -> bool:
-        """Whether data may not simply be written over in this cluster of the data file: :meth:`data` is to be told.
+    def watches(self, cluster: int, count: int = 1) -> bool:
+        """Whether data may not simply be written over in these clusters of the data file: :meth:`data` is to be told.
 
         Without a journal that is so for all, while a commit is to come: what leads to the cluster may not be in the tables.
         """
-        return cluster in self._watched or (self.deferred and self.journal is None and self.pending)
+        watched = self._watched
+        if watched and (cluster in watched if count == 1 else any(each in watched for each in range(cluster, cluster + count))):
+            return True
+        return self.deferred and self.journal is None and self.pending
 
     def check_room(self) -> None:
         """Raises Full if nothing may be changed before a commit."""

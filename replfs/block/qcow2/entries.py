@@ -109,6 +109,27 @@ class Entries:
                 extend(found, Kind.BACKING, start, until, 0)
             start = until
 
+    def alike(self, table: "array.array[int]", at: int, most: int) -> int:
+        """How many entries from ``at`` on, ``most`` at most and one at least, say the same of their clusters.
+
+        Which is that all of each is data, one behind the other, or zero, or the backing node's: :meth:`split` may take them as one.
+        """
+        entry, words = table[at], self.words
+        bitmap = table[at + 1] if words == 2 else 0
+        if entry & COMPRESSED or (words == 2 and bitmap not in (0, _ALL_ALLOCATED, _ALL_ZERO)):
+            return 1
+        host = entry & HOST_OFFSET
+        step = self._cluster if host or self._external else 0
+        most = min(most, (HOST_OFFSET - host >> self._bits) + 1)  # or the next one would not be what it looks like
+        count = 1
+        while count < most:
+            at += words
+            entry += step
+            if table[at] != entry or (words == 2 and table[at + 1] != bitmap):
+                break
+            count += 1
+        return count
+
     def place(self, entry: int, bitmap: int, start: int, stop: int) -> int:
         """Where ``start .. stop``, within one cluster, lies in the data file if it is data, and nothing else.
 

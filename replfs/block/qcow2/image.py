@@ -139,8 +139,10 @@ class Image(Node):
                 until = min(stop, ((start >> self._span_bits) + 1) << self._span_bits)
                 extend(found, Kind.BACKING, start, until, 0)
             else:
-                until = min(stop, (cluster + 1) << bits)
                 at = (cluster & self._slice_mask) * self._words
+                last = min(stop - 1 >> bits, cluster | self._slice_mask)
+                count = self._entries.alike(table, at, last - cluster + 1) if last > cluster else 1
+                until = min(stop, cluster + count << bits)
                 self._entries.split(found, table[at], table[at + 1] if self._words == 2 else 0, start, until)
             start = until
         return found
@@ -428,25 +430,36 @@ class Image(Node):
                 return self._store(first, last, offset - len(head), b"".join((head, data, tail)) if head or tail else data)
 
     def _overwrite(self, offset: int, stop: int, data: Data) -> bool:
-        """Write to what is held already, within one cluster and without a change to any table; False if it is not that simple."""
+        """Write to what is held already, in one piece and without a change to any table; False if it is not that simple."""
         bits = self._cluster_bits
         cluster = offset >> bits
         index = cluster >> self._slice_bits
         table = self._l2.slice(index)
-        if table is None or stop - 1 >> bits != cluster or self._unchanged:
+        count = (stop - 1 >> bits) - cluster + 1
+        if table is None or self._unchanged:
             return False
         at = (cluster & self._slice_mask) * self._words
         entry, bitmap = table[at], table[at + 1] if self._words == 2 else 0
-        if not self._entries.holds(entry, bitmap, offset, stop) or not self._l2.owns(index):
+        if count == 1:
+            if not self._entries.holds(entry, bitmap, offset, stop):
+                return False
+        elif (
+            (cluster & self._slice_mask) + count > self._slice_mask + 1
+            or not self._entries.holds(entry, bitmap, cluster << bits, cluster + 1 << bits)
+            or self._entries.alike(table, at, count) < count
+        ):
+            return False
+        if not self._l2.owns(index):
             return False
         host = entry & HOST_OFFSET
+        first = host >> bits
         if not self._external:
             assert self._integrity is not None
             assert self._refcounts is not None
-            if host >> bits >= self._refcounts.end or self._integrity.forbids(host >> bits):
+            if first + count > self._refcounts.end or self._integrity.forbids(first, count):
                 return False
         assert self.changes is not None
-        if self.changes.watches(host >> bits):
+        if self.changes.watches(first, count):
             return False
         self.data.write(host + (offset & self._cluster - 1), data)
         return True

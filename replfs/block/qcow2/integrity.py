@@ -80,9 +80,10 @@ class Integrity:
     def is_metadata(self, cluster: int) -> bool:
         return cluster in self._all
 
-    def forbids(self, cluster: int) -> bool:
-        """Whether data may not be written to the cluster: what :meth:`check_writable` and :meth:`check_data` raise for."""
-        return cluster in self._all or bool(self.damage or self._suspicion)
+    def forbids(self, cluster: int, count: int = 1) -> bool:
+        """Whether data may not be written to the clusters: what :meth:`check_writable` and :meth:`check_data` raise for."""
+        metadata = cluster in self._all if count == 1 else self._all.range_cardinality(cluster, cluster + count)
+        return bool(metadata or self.damage or self._suspicion)
 
     def check_data(self, cluster: int, count: int) -> None:
         """Raises OSError (EIO), and the image is marked corrupt, if one of the clusters is metadata."""

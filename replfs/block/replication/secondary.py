@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from replfs.block.file import File
 from replfs.block.locks import Gate, RangeLocks
 from replfs.block.node import Data, Extent, Node
+from replfs.block.qcow2.entries import Kind, Range
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.overlay import SUBCLUSTER
 from replfs.block.replication.rules import Stage
@@ -33,6 +34,17 @@ class Layers:
     def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of a range that neither overlay holds: (start, stop) pairs."""
         return [gap for first, last in self.active.missing(start, stop) for gap in self.hidden.missing(first, last)]
+
+    def held(self, start: int, stop: int) -> list[tuple[Image, Range]]:
+        """The parts of a range that the overlays hold, each with the one that it is read from. Never suspends."""
+        found: list[tuple[Image, Range]] = []
+        for part in self.active.ranges(start, stop):
+            if part.kind is not Kind.BACKING:
+                found.append((self.active, part))
+            else:
+                below = self.hidden.ranges(part.start, part.stop)
+                found += [(self.hidden, lower) for lower in below if lower.kind is not Kind.BACKING]
+        return found
 
 
 class SecondaryFilter(Node):
