@@ -14,15 +14,19 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from replfs.block import storage
 from replfs.block.replication.rules import Mode
 from replfs.errors import ReplfsError, printable
-from replfs.export import mount
+from replfs.export import mount, view
 from replfs.export.fuse import FuseExport
+from replfs.export.nbd import NbdServer
+from replfs.export.view import SharedView
 from replfs.export.watchdog import Watchdog
+from replfs.protocol.nbd.uri import Address
 from replfs.volume.base import Volume
 from replfs.volume.config import Config, MountConfig
 from replfs.volume.primary import PrimaryVolume
@@ -186,7 +190,11 @@ class _Service:
         self.failure: ReplfsError | None = None
         self.volume: Volume = volume
         self._config = config
-        self._export = FuseExport(volume, settings)
+        self._mount = FuseExport(volume, settings) if config.mountpoint is not None else None
+        self._shared_view = SharedView(volume.view, self._mount)
+        self._view_server = NbdServer(self._shared_view, view.NAME, read_only=settings.read_only, option="--view-listen")
+        self._view_address: Address | None = None  # where it listens
+        self._ended = trio.Event()  # where there is no mount
         self._settings = settings
         self._watchdog = watchdog
         self._on_ready = on_ready
@@ -199,17 +207,25 @@ class _Service:
         try:
             with self._beginning:
                 await self.volume.connect(background)
-                mount.mount(self._export, self._config, self._settings)
-                mounted = True
-                self._watchdog.guard(self._config.mountpoint)
+                if self._config.view_listen is not None:
+                    self._view_address = await self._view_server.listen(self._config.view_listen)
+                if self._mount is not None:
+                    assert self._config.mountpoint is not None
+                    mount.mount(self._mount, self._config, self._settings)
+                    mounted = True
+                    self._watchdog.guard(self._config.mountpoint)
                 await self.volume.begin(background)
-                self.volume.drop_cache = self._export.drop_cache
+                if self._mount is not None:
+                    self.volume.drop_cache = self._mount.drop_cache
+                self.volume.exports_status = self._status
                 self.volume.on_succession = self._succeed
+                if self._view_address is not None:
+                    background.start_soon(self._view_server.serve)
                 self._on_ready()
                 self.begun = True
             if self.begun:
                 if not self._beginning.cancel_called:  # which may have come too late to end the start
-                    await _serve_mount(self._export)
+                    await self._serve()
                 await self.volume.settle()
             else:
                 self.failure = ReplfsError("interrupted before the file could be used", errno.EINTR)
@@ -218,16 +234,35 @@ class _Service:
         except BaseException as error:
             if self.begun or not isinstance(error, OSError):
                 if mounted:
-                    mount.close(self._export, unmount=False)
+                    self._close_mount(unmount=False)
                 raise
             where = f"{printable(str(error.filename))}: " if error.filename else ""  # a File's errors name it themselves
             self.failure = ReplfsError(f"cannot start: {where}{error.strerror}", error.errno or errno.EIO)
         if mounted:
-            mount.close(self._export, unmount=True)
+            self._close_mount(unmount=True)
+        if not self.begun:
+            await self._view_server.close()
+
+    async def _serve(self) -> None:
+        if self._mount is not None:
+            await _serve_mount(self._mount)
+        else:
+            await self._ended.wait()
+
+    def _close_mount(self, *, unmount: bool) -> None:
+        assert self._mount is not None
+        mount.close(self._mount, unmount=unmount)
+
+    def _status(self) -> dict[str, Any]:
+        if self._view_address is None:
+            return {}
+        return {"view": {"listen": str(self._view_address), "export": view.NAME, "connections": self._view_server.connections}}
 
     def _succeed(self, successor: Volume) -> None:
         self.volume = successor
-        self._export.serve(successor)
+        self._shared_view.view = successor.view
+        if self._mount is not None:
+            self._mount.serve(successor)
 
     async def end_on_signal(self, signals: AsyncIterator[int]) -> None:
         """SIGTERM and SIGINT: give the start up, or end the service, but never during a control operation.
@@ -247,4 +282,6 @@ class _Service:
                 except OSError as error:
                     logger.warning("what mappings have changed could not be written back: %s", error)
             await self.volume.settle()
-            self._export.device.end()
+            self._ended.set()
+            if self._mount is not None:
+                self._mount.device.end()

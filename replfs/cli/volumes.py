@@ -21,7 +21,8 @@ _FUSE_OPTIONS = frozenset(
         *("sync", "async", "dirsync", "default_permissions"),
     )
 )
-_FUSE_OPTIONS_WITH_VALUE = frozenset(("max_read", "fsname", "subtype", "context"))
+_FUSE_OPTIONS_WITH_VALUE = frozenset(("fsname", "subtype", "context"))
+_NO_MOUNT = "none"
 
 
 def _file_name(text: str) -> str:
@@ -139,6 +140,13 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
                 show_default=True,
                 help="What is promised after a crash. power: what was flushed or checkpointed outlives a power cut. process: only"
                 " killing the process loses nothing.",
+            ),
+            click.option(
+                "--view-listen",
+                type=Parsed("address", parse_address),
+                metavar="ADDRESS",
+                help="Serve what the file shows over NBD, too, as the export view: with discards, zeroing and block status."
+                " It needs no mount: none as MOUNTPOINT.",
             ),
             click.option(
                 "--plaintext", is_flag=True, help="Allow an address beyond this machine, without TLS: for networks that you trust."
@@ -280,29 +288,41 @@ def _serve(
     stop_on_unmount: bool,
     durability: str,
     allow_backing: tuple[str, ...],
+    view_listen: Address | None,
+    plaintext: bool,
     **side: Any,
 ) -> None:
     from replfs import daemon  # with pyfuse3, which control commands can do without
 
     options = _options(fuse_options)
+    point = resolve(mountpoint) if mountpoint != _NO_MOUNT else None
+    if point is None and view_listen is None:
+        raise click.UsageError(f"{_NO_MOUNT} as MOUNTPOINT needs --view-listen", click.get_current_context())
+    if point is None and options:
+        raise click.UsageError("-o needs a mount", click.get_current_context())
+    if view_listen is not None:
+        _check_local(view_listen, plaintext, "--view-listen")
+        view_listen = absolute_address(view_listen)
     path = resolve(disk)
     if state_dir is None:
         if path.is_block_device():
             raise click.UsageError("a block device needs --state-dir", click.get_current_context())
         state_dir = f"{path}.replfs"
-    for text in (path, resolve(mountpoint), resolve(state_dir), name, side.get("listen", "")):
+    for text in (path, point, resolve(state_dir), name, side.get("listen"), view_listen):
         if any("\udc80" <= character <= "\udcff" for character in str(text)):
             raise click.UsageError(f"{str(text)!r} is not UTF-8, which the status could not show", click.get_current_context())
     config = Config(
         mode=mode,
         disk=path,
-        mountpoint=resolve(mountpoint),
+        mountpoint=point,
         state_dir=resolve(state_dir),
         name=name,
         start=not no_start,
         stop_on_unmount=stop_on_unmount,
         durability=durability,
         allow_backing=tuple(resolve(allowed) for allowed in allow_backing),
+        view_listen=view_listen,
+        plaintext=plaintext,
         **side,
     )
     mount = MountConfig(

@@ -110,12 +110,12 @@ class Device:
         self._libfuse.close()
         self._pipe.close()
 
-    def invalidate(self, inode: int) -> None:
-        """Have the kernel write back and forget what it caches of a file, and its attributes.
+    def invalidate(self, inode: int, offset: int = 0, length: int = 0) -> None:
+        """Have the kernel write back and forget what it caches of a file, or of ``length`` bytes of it, and its attributes.
 
         For a worker thread: this returns when requests that it leads to have been served. Raises OSError.
         """
-        os.write(self._fd, _INVALIDATE.pack(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, inode, 0, 0))
+        os.write(self._fd, _INVALIDATE.pack(_INVALIDATE.size, _NOTIFY_INVAL_INODE, 0, inode, offset, length))
 
     # Serving
 

@@ -16,7 +16,8 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -37,8 +38,11 @@ _ROOT: Final = pyfuse3.ROOT_INODE
 _FILE: Final = pyfuse3.InodeT(_ROOT + 1)
 _BLOCK: Final = 4096
 _ATTRIBUTE_SECONDS: Final = 60.0
-_PLAIN, _SYNC = pyfuse3.FileHandleT(1), pyfuse3.FileHandleT(2)
-"""File handles tell only whether each write is to be durable: FUSE sends no FSYNC for O_SYNC on a direct_io open."""
+_SYNC, _CACHED = 1, 2
+"""File handles tell only whether each write is to be durable, since FUSE sends no FSYNC for O_SYNC on a direct_io open, and whether
+the kernel may cache for them."""
+_FORGETTING: Final = 4
+"""Ranges that the kernel is made to forget at a time: it may wait for reads that need a worker thread themselves."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,6 +88,9 @@ class FuseExport(pyfuse3.Operations):
             _FILE: self._entry(_FILE, stat.S_IFREG | mount.mode, self._view.size, mount, now),
         }
         self._attributes[_ROOT].st_nlink = 2
+        self._cached_handles = 0
+        self._cached = False
+        self._forgetting = trio.CapacityLimiter(_FORGETTING)
 
     def serve(self, volume: Volume) -> None:
         """Serve this volume from now on, which shows the same."""
@@ -109,12 +116,30 @@ class FuseExport(pyfuse3.Operations):
 
         In a worker thread: the kernel waits for requests that only this process can answer.
         """
-        try:
+        with self._unknown_files():
             await trio.to_thread.run_sync(self.device.invalidate, _FILE)
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # nobody has looked the file up yet
-                raise
+        self._cached = self._cached_handles > 0
         self._attributes[_FILE].st_mtime_ns = self._attributes[_FILE].st_ctime_ns = time.time_ns()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the kernel may cache anything of the file: somebody has it open, or had, without O_DIRECT."""
+        return self._cached
+
+    async def drop_range(self, offset: int, length: int) -> None:
+        """As :meth:`drop_cache`, of a range that has changed but through the mount."""
+        with self._unknown_files():
+            await trio.to_thread.run_sync(self.device.invalidate, _FILE, offset, length, limiter=self._forgetting)
+
+    @staticmethod
+    @contextmanager
+    def _unknown_files() -> Iterator[None]:
+        """The kernel has nothing of a file that nobody has looked up yet."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
 
     # The two inodes
 
@@ -160,7 +185,7 @@ class FuseExport(pyfuse3.Operations):
 
     @_handler
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
-        return _PLAIN
+        return pyfuse3.FileHandleT(0)
 
     @_handler
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -188,7 +213,11 @@ class FuseExport(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             raise FUSEError(errno.EPERM)  # as in setattr
         direct = bool(flags & os.O_DIRECT)
-        return pyfuse3.FileInfo(fh=_SYNC if flags & os.O_DSYNC else _PLAIN, direct_io=direct, keep_cache=not direct)
+        if not direct:
+            self._cached_handles += 1
+            self._cached = True
+        handle = pyfuse3.FileHandleT((_SYNC if flags & os.O_DSYNC else 0) | (0 if direct else _CACHED))
+        return pyfuse3.FileInfo(fh=handle, direct_io=direct, keep_cache=not direct)
 
     def locate(self, off: int, size: int) -> tuple[File, int] | None:
         return self._view.locate(off, off + size) if off + size <= self._view.size else None
@@ -202,7 +231,7 @@ class FuseExport(pyfuse3.Operations):
         return len(buffer) if self._view.read_at_once(off, buffer) else -1
 
     def write_at_once(self, fh: int, off: int, buf: Data) -> int:
-        if fh == _SYNC or self._view.size - off < len(buf):
+        if fh & _SYNC or self._view.size - off < len(buf):
             return -1
         return len(buf) if self._view.write_at_once(off, buf) else -1
 
@@ -220,7 +249,7 @@ class FuseExport(pyfuse3.Operations):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         data = buf if len(buf) <= room else buf[:room]
         await self._view.write(off, data)
-        if fh == _SYNC:
+        if fh & _SYNC:
             await self._view.flush()
         return len(data)
 
@@ -241,11 +270,12 @@ class FuseExport(pyfuse3.Operations):
 
     @_handler
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        """File handles hold nothing."""
+        if fh & _CACHED:
+            self._cached_handles -= 1
 
     @_handler
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
-        """File handles hold nothing."""
+        """A directory's handle holds nothing."""
 
     async def forget(self, inode_list: object) -> None:
         """The two inodes are there as long as the mount."""

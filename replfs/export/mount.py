@@ -20,6 +20,8 @@ from replfs.volume.config import Config, MountConfig
 def check(config: Config) -> None:
     """Raises ReplfsError if the mount point cannot be one, or what the volume needs would lie under it."""
     path = config.mountpoint
+    if path is None:
+        return
     shown = printable(str(path))
     try:
         if not path.is_dir():
@@ -32,8 +34,9 @@ def check(config: Config) -> None:
         dead = ": what was mounted there is dead, unmount it first with umount" if error.errno == errno.ENOTCONN else ""
         raise ReplfsError(f"cannot use the mount point {shown}: {error.strerror}{dead}", error.errno or errno.EIO) from error
     needed = {"disk": str(config.disk), "state directory": str(config.state_dir)}
-    if isinstance(config.listen, UnixAddress):
-        needed["socket"] = config.listen.path
+    for address in (config.listen, config.view_listen):
+        if isinstance(address, UnixAddress):
+            needed[f"socket {address.path}"] = address.path
     for what, inside in needed.items():
         if os.path.commonpath((path, inside)) == str(path):
             raise ReplfsError(f"the {what} {printable(inside)} lies under the mount point, which would hide it", errno.EINVAL)

@@ -17,12 +17,9 @@ The transmission is shielded from cancellation. It ends when its socket is close
 import errno
 import logging
 import os
-import secrets
 import socket
-import stat
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Final, Protocol
 
@@ -30,10 +27,11 @@ import trio
 
 from replfs.arrivals import Arrivals, send_all
 from replfs.block.node import Data, Node
-from replfs.errors import InUse, ReplfsError, printable
+from replfs.errors import ReplfsError
+from replfs.export.listeners import Listeners
 from replfs.protocol.nbd import wire
 from replfs.protocol.nbd.server import GREETING, Export, Handshake, Phase, Transmission
-from replfs.protocol.nbd.uri import Address, TcpAddress, UnixAddress
+from replfs.protocol.nbd.uri import Address, TcpAddress
 from replfs.protocol.nbd.wire import Request
 from replfs.protocol.peer import Lines
 
@@ -56,8 +54,6 @@ _LARGE: Final = 64 << 10  # bytes of a payload that are worth a receive of their
 _BATCH: Final = 64  # replies, of which a read has two parts, that are sent before more requests are carried out
 _TURNS: Final = 32  # requests that are carried out before other tasks get a turn, should none of them have to wait
 
-_PATH_LIMIT: Final = 107  # unix(7): sun_path, with a NUL at its end
-
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
@@ -78,14 +74,24 @@ class NbdServer:
     :meth:`close_connections`.
     """
 
-    def __init__(self, node: Node, name: str, *, read_only: bool = False, peer: Callable[[], Peer] | None = None) -> None:
-        """``peer`` makes who answers a primary that has more to say than NBD can, for each such connection."""
+    def __init__(
+        self,
+        node: Node,
+        name: str,
+        *,
+        read_only: bool = False,
+        peer: Callable[[], Peer] | None = None,
+        option: str = "--listen",
+    ) -> None:
+        """``peer`` makes who answers a primary that has more to say than NBD can, for each such connection.
+
+        ``option`` is the one that the address comes from, for messages.
+        """
         self.read_only = read_only
         self._make_peer = peer
         self._node = node
         self._name = name
-        self._listeners: list[trio.SocketListener] = []
-        self._unix_socket: _UnixSocket | None = None
+        self._listeners = Listeners(option)
         self._connections: set[_Connection] = set()
         self._full = False
 
@@ -95,42 +101,21 @@ class NbdServer:
         return len(self._connections)
 
     async def listen(self, address: Address) -> Address:
-        """Bind the address, so that clients wait rather than fail until :meth:`serve` runs; returns it with the port that it got.
-
-        A host is listened on at all addresses it resolves to. A unix socket is for its owner only (mode 0600), and takes the
-        place of one that nobody listens on. Raises :class:`InUse` if another server has the address, else :class:`ReplfsError`.
-        """
-        try:
-            if isinstance(address, UnixAddress):
-                self._unix_socket = _UnixSocket(address)
-                self._listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(self._unix_socket.socket))]
-                return address
-            self._listeners = await trio.open_tcp_listeners(address.port, host=address.host)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise _in_use(address) from None
-            raise ReplfsError(f"cannot listen on {printable(str(address))}: {error.strerror or error}") from error
-        return TcpAddress(address.host, self._listeners[0].socket.getsockname()[1])
+        """As :meth:`replfs.export.listeners.Listeners.bind`."""
+        return await self._listeners.bind(address)
 
     async def serve(self) -> None:
         """Serve until cancelled; then all connections are closed, requests under way are finished, the address is free."""
-        try:
-            async with trio.open_nursery() as nursery:
-                try:
-                    await trio.serve_listeners(self._serve_connection, self._listeners, handler_nursery=nursery)
-                finally:
-                    for connection in self._connections:
-                        connection.close()
-        finally:
-            if self._unix_socket is not None:
-                self._unix_socket.remove()
+        async with trio.open_nursery() as nursery:
+            try:
+                await self._listeners.serve(self._serve_connection, nursery)
+            finally:
+                for connection in self._connections:
+                    connection.close()
 
     async def close(self) -> None:
         """Let go of the address, where :meth:`serve` was never called."""
-        for listener in self._listeners:
-            await listener.aclose()
-        if self._unix_socket is not None:
-            self._unix_socket.remove()
+        await self._listeners.close()
 
     async def close_connections(self, *, but: Peer | None = None) -> None:
         """Close every connection there is now, ``but`` the one of this peer.
@@ -416,56 +401,3 @@ def _peer(stream: trio.SocketStream) -> str:
         return str(TcpAddress(name[0], name[1]))
     except OSError:  # it is gone already
         return "that left at once"
-
-
-def _in_use(address: Address) -> InUse:
-    return InUse(f"{printable(str(address))} is in use by another server: stop it or choose another --listen")
-
-
-class _UnixSocket:
-    """A listening unix socket and its file. The file appears with a rename, when it can be connected to and by whom is settled."""
-
-    def __init__(self, address: UnixAddress) -> None:
-        self._path = address.path
-        if len(os.fsencode(self._path)) > _PATH_LIMIT:
-            raise ReplfsError(f"cannot listen on {printable(str(address))}: a unix socket's path has at most {_PATH_LIMIT} bytes")
-        _refuse_live_socket(address)
-        hidden = os.path.join(os.path.dirname(self._path), f".{secrets.token_hex(4)}")
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.socket.bind(hidden)
-            try:
-                os.chmod(hidden, 0o600)
-                self.socket.listen()
-                self._inode = os.stat(hidden).st_ino
-                os.rename(hidden, self._path)
-            except OSError:
-                os.unlink(hidden)
-                raise
-        except OSError:
-            self.socket.close()
-            raise
-
-    def remove(self) -> None:
-        """Remove the file, if it is not another server's by now."""
-        with suppress(OSError):
-            if os.lstat(self._path).st_ino == self._inode:
-                os.unlink(self._path)
-
-
-def _refuse_live_socket(address: UnixAddress) -> None:
-    try:
-        mode = os.lstat(address.path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ReplfsError(f"{printable(address.path)} exists and is not a socket: choose another --listen")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a full backlog must not block: whoever has one is alive
-        try:
-            probe.connect(address.path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return
-        except BlockingIOError:
-            pass
-    raise _in_use(address)

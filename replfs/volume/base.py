@@ -92,6 +92,8 @@ class Volume(ABC):
         """Where a primary in this volume's place is to replicate to, and whether what is there may be discarded."""
         self.on_succession: Callable[[Volume], None] = lambda successor: None
         """Called when another volume takes this one's place, in another mode."""
+        self.exports_status: Callable[[], dict[str, Any]] = predecessor.exports_status if predecessor is not None else dict
+        """What the status shows of how the view is served; whoever serves it sets it."""
         self.control_lock = predecessor.control_lock if predecessor is not None else trio.Lock()
         self._saving = trio.Lock()
         self._own_tasks = trio.CancelScope()  # of the background tasks that end with a succession
@@ -376,7 +378,7 @@ class Volume(ABC):
             "last-error": self.last_error,
             "generation": self.state.generation,
             "name": self.config.name,
-            "mountpoint": str(self.config.mountpoint),
+            "mountpoint": str(self.config.mountpoint) if self.config.mountpoint is not None else None,
             "size": self.view.size,
             "durability": self.config.durability,
             "pid": os.getpid(),
@@ -388,6 +390,7 @@ class Volume(ABC):
             "peer": self.state.peer,
             "generations": {"current": self.state.ids.current, "bitmap": self.state.ids.bitmap, "history": self.state.ids.history},
             **self._side_status(),
+            **self.exports_status(),
         }
 
     @abstractmethod

@@ -13,7 +13,8 @@ class Config:
 
     mode: Mode
     disk: Path
-    mountpoint: Path
+    mountpoint: Path | None
+    """None: there is no mount."""
     state_dir: Path
     name: str
     start: bool
@@ -24,6 +25,8 @@ class Config:
     allow_backing: tuple[Path, ...] = ()
     listen: Address | None = None
     export: str = "disk"
+    view_listen: Address | None = None
+    """Where the view is served over NBD."""
     plaintext: bool = False
     """Addresses beyond this machine are allowed."""
     target: Target | None = None

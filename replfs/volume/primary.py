@@ -148,7 +148,7 @@ class PrimaryVolume(Volume):
         if not command:
             return
         shown = printable(command, 100)
-        environment = {**os.environ, "REPLFS_MOUNTPOINT": str(self.config.mountpoint)}
+        environment = {**os.environ, "REPLFS_MOUNTPOINT": str(self.config.mountpoint or "")}
         with trio.move_on_after(_COMMAND_SECONDS):
             done = await trio.run_process(
                 ["/bin/sh", "-c", command],
