@@ -9,12 +9,14 @@ from typing import Any, Final
 
 import msgspec
 
-from replfs.block.replication.rules import Mode, Operation, Resyncing, Verification, Verifying
+from replfs.block.replication.rules import Argument, Listening, Mode, Operation, Resyncing, Verification, Verifying
 from replfs.errors import ReplfsError, printable
-from replfs.protocol.nbd.uri import Target, is_local, parse_uri
+from replfs.protocol.nbd.uri import Address, Target, UnixAddress, is_local, parse_address, parse_uri
 from replfs.volume.base import Volume
 
 PREFIX: Final = "user.replfs."
+NOWHERE: Final = "none"
+"""The value that stands for no address to listen on."""
 
 _READ: Final[dict[str, Callable[[Volume], Any]]] = {
     "mode": lambda volume: volume.config.mode,
@@ -44,7 +46,7 @@ async def put(volume: Volume, name: str, value: bytes) -> None:
             volume.successor_target = _target(volume, value)
             return
         operation = _operation(name)
-        argument = _ARGUMENTS[operation](value) if operation in _ARGUMENTS else None
+        argument = _ARGUMENTS[operation](volume, value) if operation in _ARGUMENTS else None
     except ReplfsError as error:
         raise volume.failed(printable(name), error) from None
     await volume.control(operation, argument)
@@ -66,17 +68,37 @@ def _target(volume: Volume, value: bytes) -> tuple[Target, bool]:
         raise ReplfsError(str(error), errno.EINVAL) from None
     if more not in ("", "discard-remote"):
         raise ReplfsError(f"a target is an NBD URI, and discard-remote may follow, not {printable(more, 40)!r}", errno.EINVAL)
-    if not volume.config.plaintext and not is_local(target.address):
-        raise ReplfsError(
-            f"{printable(str(target.address))} is beyond this machine, and the data would go there unencrypted: use a tunnel, or"
-            " mount with --plaintext",
-            errno.EINVAL,
-        )
+    _reachable(volume, target.address)
     return target, bool(more)
 
 
-def _one_of(kind: type[Mode] | type[Resyncing], operation: Operation) -> Callable[[bytes], Mode | Resyncing]:
-    def parse(value: bytes) -> Mode | Resyncing:
+def _reachable(volume: Volume, address: Address) -> None:
+    """Raises ReplfsError if the data would go beyond this machine, and that was not said to be well."""
+    if not volume.config.plaintext and not is_local(address):
+        raise ReplfsError(
+            f"{printable(str(address))} is beyond this machine, and the data would go there unencrypted: use a tunnel, or"
+            " mount with --plaintext",
+            errno.EINVAL,
+        )
+
+
+def _listening(volume: Volume, value: bytes) -> Listening:
+    """``ADDRESS``, or ``none``. Raises ReplfsError."""
+    text = value.decode(errors="backslashreplace")
+    if text == NOWHERE:
+        return Listening(None)
+    try:
+        address = parse_address(text)
+    except ReplfsError as error:
+        raise ReplfsError(str(error), errno.EINVAL) from None
+    if isinstance(address, UnixAddress) and not address.path.startswith("/"):
+        raise ReplfsError(f"a unix socket's path must begin with a /, unlike {printable(address.path, 60)}", errno.EINVAL)
+    _reachable(volume, address)
+    return Listening(address)
+
+
+def _one_of(kind: type[Mode] | type[Resyncing], operation: Operation) -> Callable[[Volume, bytes], Mode | Resyncing]:
+    def parse(_: Volume, value: bytes) -> Mode | Resyncing:
         try:
             return kind(value.decode())
         except ValueError:
@@ -86,7 +108,7 @@ def _one_of(kind: type[Mode] | type[Resyncing], operation: Operation) -> Callabl
     return parse
 
 
-def _verification(value: bytes) -> Verification:
+def _verification(volume: Volume, value: bytes) -> Verification:
     what, _, rate = value.decode(errors="backslashreplace").partition(" ")
     if what not in list(Verifying) or not (not rate or (rate.isascii() and rate.isdigit() and len(rate) < 16)):
         raise ReplfsError(
@@ -96,9 +118,10 @@ def _verification(value: bytes) -> Verification:
     return Verification(Verifying(what), int(rate or 0))
 
 
-_ARGUMENTS: Final[dict[Operation, Callable[[bytes], Mode | Resyncing | Verification]]] = {
+_ARGUMENTS: Final[dict[Operation, Callable[[Volume, bytes], Argument]]] = {
     Operation.START: _one_of(Mode, Operation.START),
     Operation.RESYNC: _one_of(Resyncing, Operation.RESYNC),
     Operation.VERIFY: _verification,
+    Operation.LISTEN: _listening,
 }
 """What becomes of the values of those that have one that matters."""

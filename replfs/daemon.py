@@ -24,6 +24,7 @@ from replfs.errors import ReplfsError, printable
 from replfs.export import mount, view
 from replfs.export.fuse import FuseExport
 from replfs.export.nbd import NbdServer
+from replfs.export.qmp import QmpServer
 from replfs.export.view import SharedView
 from replfs.export.watchdog import Watchdog
 from replfs.protocol.nbd.uri import Address
@@ -194,19 +195,25 @@ class _Service:
         self._shared_view = SharedView(volume.view, self._mount)
         self._view_server = NbdServer(self._shared_view, view.NAME, read_only=settings.read_only, option="--view-listen")
         self._view_address: Address | None = None  # where it listens
+        self._qmp_server = QmpServer(volume, self._quit)
+        self._qmp_address: Address | None = None
+        self._background: trio.Nursery
         self._ended = trio.Event()  # where there is no mount
         self._settings = settings
         self._watchdog = watchdog
         self._on_ready = on_ready
         self._beginning = trio.CancelScope()
-        self._ending = False  # a signal has come
+        self._ending = False
 
     async def run(self, background: trio.Nursery) -> None:
         """Until the unmount or a signal. What a person is to be told is in ``failure`` afterwards."""
         mounted = False
+        self._background = background
         try:
             with self._beginning:
                 await self.volume.connect(background)
+                if self._config.qmp is not None:
+                    self._qmp_address = await self._qmp_server.listen(self._config.qmp)
                 if self._config.view_listen is not None:
                     self._view_address = await self._view_server.listen(self._config.view_listen)
                 if self._mount is not None:
@@ -221,6 +228,8 @@ class _Service:
                 self.volume.on_succession = self._succeed
                 if self._view_address is not None:
                     background.start_soon(self._view_server.serve)
+                if self._qmp_address is not None:
+                    background.start_soon(self._qmp_server.serve)
                 self._on_ready()
                 self.begun = True
             if self.begun:
@@ -242,6 +251,7 @@ class _Service:
             self._close_mount(unmount=True)
         if not self.begun:
             await self._view_server.close()
+            await self._qmp_server.close()
 
     async def _serve(self) -> None:
         if self._mount is not None:
@@ -254,12 +264,16 @@ class _Service:
         mount.close(self._mount, unmount=unmount)
 
     def _status(self) -> dict[str, Any]:
-        if self._view_address is None:
-            return {}
-        return {"view": {"listen": str(self._view_address), "export": view.NAME, "connections": self._view_server.connections}}
+        status: dict[str, Any] = {}
+        if self._view_address is not None:
+            connections = self._view_server.connections
+            status["view"] = {"listen": str(self._view_address), "export": view.NAME, "connections": connections}
+        if self._qmp_address is not None:
+            status["qmp"] = {"listen": str(self._qmp_address), "connections": self._qmp_server.connections}
+        return status
 
     def _succeed(self, successor: Volume) -> None:
-        self.volume = successor
+        self.volume = self._qmp_server.volume = successor
         self._shared_view.view = successor.view
         if self._mount is not None:
             self._mount.serve(successor)
@@ -270,18 +284,25 @@ class _Service:
         That may need the kernel's requests served. So does having the kernel write back what mappings have changed.
         """
         async for _ in signals:
-            if self._ending:
-                continue
-            self._ending = True
             if not self.begun:
+                self._ending = True
                 self._beginning.cancel()
-                continue
-            async with self.volume.control_lock:
-                try:
-                    await self.volume.drop_cache()
-                except OSError as error:
-                    logger.warning("what mappings have changed could not be written back: %s", error)
-            await self.volume.settle()
-            self._ended.set()
-            if self._mount is not None:
-                self._mount.device.end()
+            elif not self._ending:
+                await self._end("host-signal")
+
+    def _quit(self) -> None:
+        if not self._ending:
+            self._background.start_soon(self._end, "host-qmp-quit")
+
+    async def _end(self, why: str) -> None:
+        self._ending = True
+        async with self.volume.control_lock:
+            try:
+                await self.volume.drop_cache()
+            except OSError as error:
+                logger.warning("what mappings have changed could not be written back: %s", error)
+        await self.volume.settle()
+        await self._qmp_server.shut_down(why)
+        self._ended.set()
+        if self._mount is not None:
+            self._mount.device.end()

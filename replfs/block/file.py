@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
-from outcome import Outcome
 from pyroaring import BitMap64
 
 from replfs.block.node import Data, Extent, Piece, merge
@@ -170,7 +169,7 @@ class File:
     def _begin_writing_back(self) -> None:
         _libc.sync_file_range(self.fd, 0, 0, _BEGIN_WRITING)  # a hint: what goes wrong, a sync will tell
 
-    def _has_begun_writing_back(self, _: Outcome[None]) -> None:
+    def _has_begun_writing_back(self, _: object) -> None:
         self._writing_back = False
 
     def _copy(self, pieces: Sequence[Piece]) -> None:

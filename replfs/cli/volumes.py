@@ -10,6 +10,7 @@ import click
 
 from replfs.block.replication.rules import Mode
 from replfs.cli.arguments import Parsed, absolute, absolute_address, size
+from replfs.control import NOWHERE
 from replfs.errors import ReplfsError
 from replfs.protocol.nbd.uri import Address, Target, is_local, parse_address, parse_uri
 from replfs.volume.config import Config, MountConfig
@@ -149,6 +150,12 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
                 " It needs no mount: none as MOUNTPOINT.",
             ),
             click.option(
+                "--qmp",
+                type=Parsed("address", parse_address),
+                metavar="ADDRESS",
+                help="Speak QEMU's machine protocol there, for a COLO manager. Whoever can connect can control: use a unix socket.",
+            ),
+            click.option(
                 "--plaintext", is_flag=True, help="Allow an address beyond this machine, without TLS: for networks that you trust."
             ),
         )
@@ -161,16 +168,16 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
 @_volume_options
 @click.option(
     "--listen",
-    type=Parsed("address", parse_address),
+    type=Parsed("address", lambda text: None if text == NOWHERE else parse_address(text)),
     default="127.0.0.1:10809",
     show_default=True,
     metavar="ADDRESS",
-    help="Where the primary connects to: HOST:PORT, [IPV6]:PORT or unix:PATH.",
+    help="Where the primary connects to: HOST:PORT, [IPV6]:PORT or unix:PATH; or none, until user.replfs.listen or QMP says where.",
 )
 @click.option(
     "--export", default="disk", show_default=True, metavar="NAME", help="The NBD export's name; the empty name answers too."
 )
-def secondary(listen: Address, export: str, plaintext: bool, **options: Any) -> None:
+def secondary(listen: Address | None, export: str, plaintext: bool, **options: Any) -> None:
     """Mount DISK, this machine's copy, at MOUNTPOINT, and listen for the primary's writes.
 
     The file shows the disk as it was at the last checkpoint, plus what is written to the file itself. What the primary forwards
@@ -178,8 +185,7 @@ def secondary(listen: Address, export: str, plaintext: bool, **options: Any) -> 
     """
     if len(export.encode()) > 4096:
         raise click.BadParameter("an export's name has at most 4096 bytes", param_hint="'--export'")
-    _check_local(listen, plaintext, "--listen")
-    _serve(Mode.SECONDARY, plaintext=plaintext, listen=absolute_address(listen), export=export, **options)
+    _serve(Mode.SECONDARY, plaintext=plaintext, listen=_local(listen, plaintext, "--listen"), export=export, **options)
 
 
 @click.command("primary", short_help="Mount the disk that is in use, and forward its writes.")
@@ -271,6 +277,14 @@ def _check_local(address: Address, plaintext: bool, option: str) -> None:
         )
 
 
+def _local(address: Address | None, plaintext: bool, option: str) -> Address | None:
+    """An address that may be listened on, as the daemon finds it."""
+    if address is None:
+        return None
+    _check_local(address, plaintext, option)
+    return absolute_address(address)
+
+
 def _serve(
     mode: Mode,
     *,
@@ -289,6 +303,7 @@ def _serve(
     durability: str,
     allow_backing: tuple[str, ...],
     view_listen: Address | None,
+    qmp: Address | None,
     plaintext: bool,
     **side: Any,
 ) -> None:
@@ -300,15 +315,14 @@ def _serve(
         raise click.UsageError(f"{_NO_MOUNT} as MOUNTPOINT needs --view-listen", click.get_current_context())
     if point is None and options:
         raise click.UsageError("-o needs a mount", click.get_current_context())
-    if view_listen is not None:
-        _check_local(view_listen, plaintext, "--view-listen")
-        view_listen = absolute_address(view_listen)
+    view_listen = _local(view_listen, plaintext, "--view-listen")
+    qmp = _local(qmp, plaintext, "--qmp")
     path = resolve(disk)
     if state_dir is None:
         if path.is_block_device():
             raise click.UsageError("a block device needs --state-dir", click.get_current_context())
         state_dir = f"{path}.replfs"
-    for text in (path, point, resolve(state_dir), name, side.get("listen"), view_listen):
+    for text in (path, point, resolve(state_dir), name, side.get("listen"), view_listen, qmp):
         if any("\udc80" <= character <= "\udcff" for character in str(text)):
             raise click.UsageError(f"{str(text)!r} is not UTF-8, which the status could not show", click.get_current_context())
     config = Config(
@@ -322,6 +336,7 @@ def _serve(
         durability=durability,
         allow_backing=tuple(resolve(allowed) for allowed in allow_backing),
         view_listen=view_listen,
+        qmp=qmp,
         plaintext=plaintext,
         **side,
     )

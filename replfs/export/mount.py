@@ -34,7 +34,7 @@ def check(config: Config) -> None:
         dead = ": what was mounted there is dead, unmount it first with umount" if error.errno == errno.ENOTCONN else ""
         raise ReplfsError(f"cannot use the mount point {shown}: {error.strerror}{dead}", error.errno or errno.EIO) from error
     needed = {"disk": str(config.disk), "state directory": str(config.state_dir)}
-    for address in (config.listen, config.view_listen):
+    for address in (config.listen, config.view_listen, config.qmp):
         if isinstance(address, UnixAddress):
             needed[f"socket {address.path}"] = address.path
     for what, inside in needed.items():

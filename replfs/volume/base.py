@@ -25,12 +25,11 @@ from replfs.block.node import Node
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.journaling import use_journal
 from replfs.block.replication.rules import (
+    Argument,
     Mode,
     Operation,
-    Resyncing,
     Stage,
     Verdict,
-    Verification,
     check_start_mode,
     get_error,
     verdict,
@@ -41,6 +40,7 @@ from replfs.errors import ReplfsError, printable
 from replfs.protocol.nbd.uri import Target
 from replfs.volume.config import Config
 from replfs.volume.disk import describe, describe_chain, open_disk
+from replfs.volume.events import Events, Kind
 from replfs.volume.state import NotDurable, State, StateDirectory, check_identity, identify, in_mode
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class Volume(ABC):
         self.tracking: Tracking | None = predecessor.tracking if predecessor is not None else None
         """What the other side may lack; there from the begin on."""
         self.last_error = ""
+        self.events: Events = predecessor.events if predecessor is not None else Events()
         self.drop_cache: Callable[[], Awaitable[None]] = predecessor.drop_cache if predecessor is not None else _nothing_cached
         """Makes whoever caches the view read it again; the mount sets it."""
         self.successor_target: tuple[Target, bool] | None = None
@@ -282,7 +283,7 @@ class Volume(ABC):
 
     # Control
 
-    async def control(self, operation: Operation, argument: Mode | Resyncing | Verification | None = None) -> None:
+    async def control(self, operation: Operation, argument: Argument | None = None) -> None:
         """Carry out a control operation. Raises ReplfsError; its message is the volume's ``last_error`` then.
 
         ``argument``: the mode to start in, if one is named; what is asked of the resync or the verification.
@@ -329,7 +330,7 @@ class Volume(ABC):
         """A secondary's that has taken over, and was told of a target: it has a primary in its place now. Raises ReplfsError."""
         return False
 
-    async def _carry_out(self, operation: Operation, argument: Mode | Resyncing | Verification | None) -> None:
+    async def _carry_out(self, operation: Operation, argument: Argument | None) -> None:
         """Raises OSError, ReplfsError."""
         await self._do[operation]()
 
@@ -349,10 +350,18 @@ class Volume(ABC):
             except NotDurable as error:
                 logger.warning("%s", error)
                 problem = error
-            self.state = new
+            self.replace_state(new)
             if durably:
                 self._saved_durably(problem is None)
             return problem
+
+    def replace_state(self, new: State) -> None:
+        """In memory, and tell who wants to know."""
+        old, self.state = self.state, new
+        if (old.mode, old.stage) != (new.mode, new.stage):
+            self.events.publish(Kind.STAGE, mode=new.mode, stage=new.stage, generation=new.generation)
+        elif old.generation != new.generation:
+            self.events.publish(Kind.CHECKPOINT, generation=new.generation)
 
     def _saved_durably(self, durable: bool) -> None:
         """Called with each state that is saved, before anything else runs: whether a power cut may bring the one before it back."""

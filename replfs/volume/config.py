@@ -27,6 +27,8 @@ class Config:
     export: str = "disk"
     view_listen: Address | None = None
     """Where the view is served over NBD."""
+    qmp: Address | None = None
+    """Where QMP is spoken."""
     plaintext: bool = False
     """Addresses beyond this machine are allowed."""
     target: Target | None = None

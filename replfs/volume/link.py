@@ -30,6 +30,7 @@ from replfs.jobs.resync import Resync
 from replfs.jobs.verify import Verify
 from replfs.protocol import peer
 from replfs.volume.config import Config
+from replfs.volume.events import Events, Kind
 from replfs.volume.peers import PeerClient
 from replfs.volume.state import State
 
@@ -64,6 +65,7 @@ class Owner(Protocol):
     config: Config
     state: State
     view: Mirror
+    events: Events
 
     async def save(self, **changes: Any) -> object: ...
 
@@ -96,7 +98,7 @@ class Link:
         config = owner.config
         assert config.target is not None
         self.target: Final = config.target
-        self.condition = Condition.OFF
+        self._condition = Condition.OFF
         self.error = ""
         """Why there is no link, one line; empty while there is one."""
         self.resync = Resync(owner.view, config.resync_rate)
@@ -243,6 +245,16 @@ class Link:
                 await self._hurry.wait()
             pause = min(pause * 2, _LONGEST_PAUSE)
 
+    @property
+    def condition(self) -> Condition:
+        return self._condition
+
+    @condition.setter
+    def condition(self, condition: Condition) -> None:
+        changed, self._condition = condition is not self._condition, condition
+        if changed:
+            self._owner.events.publish(Kind.LINK, state=condition)
+
     def hurry(self) -> None:
         """Try again now."""
         if self.condition is Condition.REFUSED:
@@ -252,7 +264,8 @@ class Link:
     def _tell(self, condition: Condition, error: str) -> None:
         if error and error != self.error and condition in (Condition.CONNECTING, Condition.REFUSED):
             logger.warning("no link: %s", error)
-        self.condition, self.error = condition, error
+        self.error = error
+        self.condition = condition
 
     async def _serve(self, met: _Met, nursery: trio.Nursery) -> None:
         """Until the link is lost."""
@@ -387,6 +400,8 @@ class Link:
             if not await self._agree(met, shown_first):
                 continue
             shown_first = False
+            if stale:
+                self._owner.events.publish(Kind.JOB, type="mirror", bytes=stale, error="")
             self.condition = Condition.CONNECTED
             if stale or not met.good:
                 took = trio.current_time() - began

@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from replfs.block.mirror import Mirror
-from replfs.block.replication.rules import Mode, Operation, Resyncing, Stage, Verification, Verifying
+from replfs.block.replication.rules import Argument, Mode, Operation, Resyncing, Stage, Verification, Verifying
 from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, Unreachable, printable
 from replfs.volume.base import Volume
@@ -172,7 +172,7 @@ class PrimaryVolume(Volume):
                 with suppress(ReplfsError):  # which is in the log, and in the status
                     await self.control(Operation.CHECKPOINT)
 
-    async def _carry_out(self, operation: Operation, argument: Mode | Resyncing | Verification | None) -> None:
+    async def _carry_out(self, operation: Operation, argument: Argument | None) -> None:
         if isinstance(argument, Resyncing):
             self._resync(argument)
         elif isinstance(argument, Verification):

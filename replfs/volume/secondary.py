@@ -21,15 +21,17 @@ from replfs.block.qcow2.journaling import use_journal
 from replfs.block.qcow2.overlay import create_overlay, is_blank_overlay, open_overlay
 from replfs.block.raw import Raw
 from replfs.block.replication.lineage import Ids
-from replfs.block.replication.rules import Mode, Operation, Stage, Verdict, verdict
+from replfs.block.replication.rules import Argument, Listening, Mode, Operation, Stage, Verdict, verdict
 from replfs.block.replication.secondary import Layers, SecondaryFilter
 from replfs.block.storage import Storage
-from replfs.errors import ReplfsError
+from replfs.errors import ReplfsError, printable
 from replfs.export.nbd import NbdServer
 from replfs.jobs.commit import commit
+from replfs.protocol.nbd.uri import Address
 from replfs.volume.base import Volume
 from replfs.volume.config import Config
 from replfs.volume.disk import describe
+from replfs.volume.events import Kind
 from replfs.volume.peers import PeerSession
 from replfs.volume.primary import PrimaryVolume
 from replfs.volume.state import NotDurable
@@ -44,24 +46,33 @@ class SecondaryVolume(Volume):
 
     def __init__(self, config: Config, disk_format: str | None, storage: Storage | None = None) -> None:
         super().__init__(config, disk_format, storage)
-        assert config.listen is not None
         self.gate = Gate()
         self.view = SecondaryFilter(self.disk, self.gate, durable=self.durable)
         self.exported = CopyBeforeWrite(self.disk, self.gate, durable=self.durable)
         self.server = NbdServer(self.exported, config.export, peer=lambda: PeerSession(self))
-        self.primary: PeerSession | None = None
-        """The primary that is connected, as far as it has said so."""
+        self._primary: PeerSession | None = None
         self.address = config.listen
-        """Where the server listens: what was asked for, with the port that the kernel picked if that was to be 0."""
+        """Where the server listens, if it does: what was asked for, with the port that the kernel picked if that was to be 0."""
         self._spare: Layers | None = None
         self._unsettled: list[Layers] = []  # pairs that a power cut may bring back
         self._saves = 0  # how often a state was to be durable at once
         self._background: trio.Nursery | None = None
         self._serving, self._served = trio.CancelScope(), trio.Event()
 
+    @property
+    def primary(self) -> PeerSession | None:
+        """The primary that is connected, as far as it has said so."""
+        return self._primary
+
+    @primary.setter
+    def primary(self, session: PeerSession | None) -> None:
+        if (session is None) != (self._primary is None):
+            self.events.publish(Kind.LINK, state="connecting" if session is None else "connected")
+        self._primary = session
+
     async def connect(self, nursery: trio.Nursery) -> None:
-        assert self.config.listen is not None
-        self.address = await self.server.listen(self.config.listen)
+        if self.config.listen is not None:
+            self.address = await self.server.listen(self.config.listen)
 
     async def begin(self, nursery: trio.Nursery) -> None:
         stage = self.state.stage
@@ -106,14 +117,42 @@ class SecondaryVolume(Volume):
             self.view.tracking = self.tracking
         await self._fence()
         self.start_tasks(nursery)
-        nursery.start_soon(self._serve)
+        if self.address is not None:
+            self._begin_serving()
 
-    async def _serve(self) -> None:
+    def _begin_serving(self) -> None:
+        self._serving, self._served = trio.CancelScope(), trio.Event()
+        self._in_background(self._serve, self._serving, self._served)
+
+    async def _serve(self, scope: trio.CancelScope, served: trio.Event) -> None:
         try:
-            with self._serving:
+            with scope:
                 await self.server.serve()
         finally:
-            self._served.set()
+            self.address = None
+            served.set()
+
+    async def _carry_out(self, operation: Operation, argument: Argument | None) -> None:
+        if isinstance(argument, Listening):
+            await self._listen(argument.address)
+        else:
+            await super()._carry_out(operation, argument)
+
+    async def _listen(self, address: Address | None) -> None:
+        """Raises ReplfsError: it listens somewhere else, or cannot."""
+        if address is None:
+            await self._stop_serving()
+        elif self.address is None:
+            self.address = await self.server.listen(address)
+            self._begin_serving()
+        elif address != self.address:
+            raise ReplfsError(f"it listens on {printable(str(self.address))} already: set listen to none first", errno.EBUSY)
+
+    async def _stop_serving(self) -> None:
+        """The address is free then, and no request is under way."""
+        if self.address is not None:
+            self._serving.cancel()
+            await self._served.wait()
 
     async def _close(self) -> None:
         if self._spare is not None:  # which the next mount takes again
@@ -349,6 +388,7 @@ class SecondaryVolume(Volume):
             async with self.control_lock:
                 _raise(await self._finish())
             logger.info("failover: done, the disk holds the whole view")
+            self._commit_ended("")
         except (OSError, ReplfsError) as error:
             async with self.control_lock:
                 if self.state.stage is Stage.FAILOVER:
@@ -356,6 +396,10 @@ class SecondaryVolume(Volume):
                     await self._commit_failed()
                 else:
                     logger.warning("failover: done, but %s", error)
+            self._commit_ended(str(error.strerror if isinstance(error, OSError) else error))
+
+    def _commit_ended(self, error: str) -> None:
+        self.events.publish(Kind.JOB, type="commit", bytes=self.view.size, error=error)
 
     def _track(self, start: int, length: int) -> None:
         """The old primary's disk is what this side's was, but for what the overlays hold: this."""
@@ -380,8 +424,7 @@ class SecondaryVolume(Volume):
         await successor.check()
         if self._unsettled:
             await self._settle()
-        self._serving.cancel()
-        await self._served.wait()
+        await self._stop_serving()
         self._own_tasks.cancel()
         async with self.gate.shut():
             await successor.succeed(self._background)
@@ -396,7 +439,7 @@ class SecondaryVolume(Volume):
                 await self.save(stage=Stage.FAILOVER_FAILED, error=True)
             except ReplfsError as error:
                 logger.warning("%s", error)
-                self.state = msgspec.structs.replace(self.state, stage=Stage.FAILOVER_FAILED, error=True)
+                self.replace_state(msgspec.structs.replace(self.state, stage=Stage.FAILOVER_FAILED, error=True))
             self.view.stage = Stage.FAILOVER_FAILED
 
     async def _finish(self) -> NotDurable | None:
@@ -436,7 +479,7 @@ class SecondaryVolume(Volume):
     def _side_status(self) -> dict[str, Any]:
         layers = self.view.layers
         status: dict[str, Any] = {
-            "listen": str(self.address),
+            "listen": str(self.address) if self.address is not None else None,
             "export": self.config.export,
             "connections": self.server.connections,
             "primary-connected": self.primary is not None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from replfs.errors import ReplfsError
+from replfs.protocol.nbd.uri import Address
 
 
 class Mode(enum.StrEnum):
@@ -31,6 +32,7 @@ class Operation(enum.StrEnum):
     STOP = "stop"
     RESYNC = "resync"
     VERIFY = "verify"
+    LISTEN = "listen"
 
 
 class Resyncing(enum.StrEnum):
@@ -61,6 +63,17 @@ class Verification:
     rate: int = 0
 
 
+@dataclass(frozen=True)
+class Listening:
+    """Where a secondary is to listen for its primary; None: nowhere."""
+
+    address: Address | None
+
+
+Argument = Mode | Resyncing | Verification | Listening
+"""What an operation may be told."""
+
+
 class Verdict(enum.Enum):
     """What an operation means: carry it out, or report success and do nothing."""
 
@@ -72,6 +85,7 @@ NOT_RUNNING: Final = "Block replication is not running"
 RUNNING_OR_DONE: Final = "Block replication is running or done"
 CANCELLED: Final = "Backup job was cancelled unexpectedly"
 IO_ERROR: Final = "I/O error occurred"
+NOT_SECONDARY: Final = "only a secondary listens for a primary"
 NOT_PRIMARY: Final = "only a primary sends what the other side lacks"
 WRONG_MODE: Final = "The parameter mode's value is invalid, needs %d, but got %d"
 _MODE_NUMBERS: Final = {Mode.PRIMARY: 0, Mode.SECONDARY: 1}  # as QEMU counts them, in WRONG_MODE
@@ -88,6 +102,7 @@ _ROWS: Final[dict[Mode, dict[Operation, tuple[Verdict | str, ...]]]] = {
         Operation.STOP: (NOT_RUNNING, _DO, _N, NOT_RUNNING, _N),
         Operation.RESYNC: (NOT_PRIMARY,) * 5,
         Operation.VERIFY: (NOT_PRIMARY,) * 5,
+        Operation.LISTEN: (_DO,) * 5,
     },
     Mode.PRIMARY: {  # which never sees failover or failover-failed
         Operation.START: (_DO, RUNNING_OR_DONE, _N, RUNNING_OR_DONE, _N),
@@ -96,6 +111,7 @@ _ROWS: Final[dict[Mode, dict[Operation, tuple[Verdict | str, ...]]]] = {
         Operation.STOP: (NOT_RUNNING, _DO, _N, NOT_RUNNING, _N),
         Operation.RESYNC: (NOT_RUNNING, _DO, _N, NOT_RUNNING, NOT_RUNNING),
         Operation.VERIFY: (NOT_RUNNING, _DO, _N, NOT_RUNNING, NOT_RUNNING),
+        Operation.LISTEN: (NOT_SECONDARY,) * 5,
     },
 }
 
