@@ -472,7 +472,8 @@ async def test_a_stopped_secondary_mounts_again_as_it_was(tmp_path: Path) -> Non
     async with secondary(tmp_path) as far:
         assert far.state.stage is Stage.DONE
         assert bytes(await far.view.read(0, 6)) == b"theirs"
-        assert far.server.read_only
+        with pytest.raises(PermissionError, match="the secondary has taken over"):
+            await far.exported.write(0, b"late")
 
 
 async def test_a_clean_unmount_and_mount_resumes_the_very_view(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import REPLFS, Side, Sides, replfs, run, wait_for
+from harness import LINK_LOST, REPLFS, Side, Sides, replfs, run, wait_for
+from libnbd import Nbd
 from test_mount import mapped
 
 SIZE = (8 << 20) + 512
@@ -29,63 +30,13 @@ def mounted(sides: Sides, disk: bytes, *more: str | Path) -> Side:
     return sides.secondary(disk, "--view-listen", f"unix:{sides.folder}/secondary.view", *more)
 
 
-PROGRAM = """
-import json, nbd, sys
-client = nbd.NBD()
-client.connect_uri(sys.argv[1])
-for line in sys.stdin:
-    name, data, numbers = json.loads(line)
-    try:
-        found = getattr(client, name)(*([bytes.fromhex(data)] if data else []), *numbers)
-        print(json.dumps([bytes(found).hex() if name == "pread" else found, 0]), flush=True)
-    except nbd.Error as error:
-        print(json.dumps(["", error.errnum]), flush=True)
-"""
-FUA = 1  # libnbd: LIBNBD_CMD_FLAG_FUA
-
-
-class Client:
-    """libnbd, which belongs to the system's Python, in a process of its own."""
-
-    def __init__(self, uri: str) -> None:
-        command = ["/usr/bin/python3", "-c", PROGRAM, uri]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def call(self, name: str, *numbers: int, data: bytes = b"") -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([name, data.hex(), numbers]) + "\n")
-        self.process.stdin.flush()
-        found, number = json.loads(self.process.stdout.readline())
-        if number:
-            raise OSError(number, name)
-        return found
-
-    def pread(self, length: int, offset: int) -> bytes:
-        return bytes.fromhex(self.call("pread", length, offset))
-
-    def pwrite(self, data: bytes, offset: int, flags: int = 0) -> None:
-        self.call("pwrite", offset, flags, data=data)
-
-    def zero(self, length: int, offset: int) -> None:
-        self.call("zero", length, offset)
-
-    def trim(self, length: int, offset: int) -> None:
-        self.call("trim", length, offset)
-
-    def flush(self) -> None:
-        self.call("flush")
-
-
 @contextmanager
-def connected(side: Side) -> Iterator[Client]:
-    client = Client(uri(side))
+def connected(side: Side) -> Iterator[Nbd]:
+    client = Nbd(uri(side))
     try:
         yield client
-        client.process.communicate(timeout=60)
     finally:
-        client.process.kill()
-        client.process.communicate()
+        client.close()
 
 
 def test_it_is_an_export_with_all_that_nbd_has(sides: Sides) -> None:
@@ -97,6 +48,7 @@ def test_it_is_an_export_with_all_that_nbd_has(sides: Sides) -> None:
     for ability in ("can_flush", "can_fua", "can_trim", "can_zero", "can_multi_conn"):
         assert info[ability], ability
     assert "base:allocation" in info["contexts"]
+    assert f"unix:{sides.folder}/secondary.view, export 'view', 0 connections" in replfs("status", side.point).stdout
     view = side.status()["view"]
     assert view == {"listen": f"unix:{sides.folder}/secondary.view", "export": "view", "connections": 0}
 
@@ -106,17 +58,17 @@ def test_what_one_face_writes_the_other_reads_at_once(sides: Sides) -> None:
     side = mounted(sides, b"s" * SIZE)
     with connected(side) as client, side.file.open("r+b", buffering=0) as file:
         assert file.read() == b"s" * SIZE  # all of it is cached now
-        client.pwrite(b"n" * 1000, 5000)
+        client.write(5000, b"n" * 1000)
         assert os.pread(file.fileno(), 3000, 4000) == b"s" * 1000 + b"n" * 1000 + b"s" * 1000
-        client.pwrite(b"f" * 10, SIZE - 10, FUA)
+        client.write(SIZE - 10, b"f" * 10, fua=True)
         assert os.pread(file.fileno(), 20, SIZE - 20) == b"s" * 10 + b"f" * 10
-        client.zero(PAGE, 1 << 20)
+        client.write_zeroes(1 << 20, PAGE)
         assert os.pread(file.fileno(), PAGE + 1, 1 << 20) == bytes(PAGE) + b"s"
-        client.trim(1 << 16, 2 << 20)
+        client.trim(2 << 20, 1 << 16)
         assert os.pread(file.fileno(), 1 << 16, 2 << 20) == bytes(1 << 16)
         os.pwrite(file.fileno(), b"m" * 100, 5500)
-        assert client.pread(1000, 5000) == b"n" * 500 + b"m" * 100 + b"n" * 400
-        assert client.pread(1 << 16, 2 << 20) == bytes(1 << 16)
+        assert client.read(5000, 1000) == b"n" * 500 + b"m" * 100 + b"n" * 400
+        assert client.read(2 << 20, 1 << 16) == bytes(1 << 16)
     assert side.disk.read_bytes() == b"s" * SIZE
 
 
@@ -125,8 +77,8 @@ def test_what_a_mapping_has_changed_does_not_come_later_than_what_was_written_af
     side = mounted(sides, b"s" * SIZE)
     with mapped(side.file) as mapping, connected(side) as client:
         mapping.ask("write", 0, 10, ord("M"))  # not synced: the page is dirty
-        client.pwrite(b"n" * 10, 5)
-        assert client.pread(20, 0) == b"M" * 5 + b"n" * 10 + b"s" * 5
+        client.write(5, b"n" * 10)
+        assert client.read(0, 20) == b"M" * 5 + b"n" * 10 + b"s" * 5
         assert mapping.ask("read", 0, 20) == b"M" * 5 + b"n" * 10 + b"s" * 5
     assert side.content()[:20] == b"M" * 5 + b"n" * 10 + b"s" * 5
 
@@ -148,7 +100,7 @@ def test_two_faces_and_several_connections_are_one_disk(sides: Sides) -> None:
                 side.set("checkpoint")
                 model[:] = disk
             elif kind in ("one", "two"):
-                (one if kind == "one" else two).pwrite(data, start)
+                (one if kind == "one" else two).write(start, data)
                 model[start : start + length] = data
             elif kind == "file":
                 os.pwrite(file.fileno(), data, start)
@@ -161,15 +113,15 @@ def test_two_faces_and_several_connections_are_one_disk(sides: Sides) -> None:
                     os.pwrite(direct, page, start)
                     model[start : start + length] = content
             elif kind == "zero":
-                one.zero(length, start)
+                one.write_zeroes(start, length)
                 model[start : start + length] = bytes(length)
             elif kind == "trim":
                 one.flush()
-                two.trim(length, start)
-                model[start : start + length] = one.pread(length, start)
+                two.trim(start, length)
+                model[start : start + length] = one.read(start, length)
             expected = bytes(model[start : start + length])
-            assert one.pread(length, start) == expected
-            assert two.pread(length, start) == expected
+            assert one.read(start, length) == expected
+            assert two.read(start, length) == expected
             assert os.pread(file.fileno(), length, start) == expected
         os.close(direct)
         assert side.content() == bytes(model)
@@ -196,7 +148,7 @@ def test_readers_of_the_file_and_writers_over_nbd_at_the_same_time(sides: Sides)
         with connected(side) as client:
             for version in range(1, rounds + 1):
                 for block in range(blocks):
-                    client.pwrite(bytes([version]) * PAGE, block * PAGE)
+                    client.write(block * PAGE, bytes([version]) * PAGE)
                 with side.file.open("rb", buffering=0) as file:
                     for block in range(blocks):
                         assert os.pread(file.fileno(), 1, block * PAGE) == bytes([version])
@@ -227,25 +179,44 @@ def test_a_primary_forwards_what_is_written_to_its_view_over_nbd(sides: Sides) -
     far = sides.secondary(bytes(SIZE))
     near = sides.primary(bytes(SIZE), "--view-listen", f"unix:{sides.folder}/primary.view")
     with connected(near) as client:
-        client.pwrite(b"p" * 5000, 1000)
+        client.write(1000, b"p" * 5000)
         client.flush()
     assert near.content()[1000:6000] == b"p" * 5000
     far.set("checkpoint")
     assert far.content()[1000:6000] == b"p" * 5000
 
 
+def test_connections_stay_through_a_failover_and_a_promotion(sides: Sides) -> None:
+    side = mounted(sides, b"s" * SIZE)
+    (sides.folder / "far").mkdir()
+    far = Side(sides.folder / "far", "secondary", SIZE, "--listen", f"unix:{sides.folder}/far.sock")
+    sides.all.append(far)
+    side.expected += LINK_LOST
+    far.mount()
+    with connected(side) as client:
+        client.write(0, b"r" * 10)
+        replfs("failover", "--wait", side.point)
+        client.write(10, b"d" * 10)
+        replfs("promote", side.point, "--target", f"nbd+unix:///disk?socket={sides.folder}/far.sock")
+        client.write(20, b"p" * 10)
+        replfs("resync", "--wait", side.point)
+        replfs("checkpoint", side.point)
+        assert client.read(0, 31) == b"r" * 10 + b"d" * 10 + b"p" * 10 + b"s"
+    assert side.disk.read_bytes() == far.content() == b"r" * 10 + b"d" * 10 + b"p" * 10 + b"s" * (SIZE - 30)
+
+
 def test_a_read_only_mount_has_a_read_only_view(sides: Sides) -> None:
     side = mounted(sides, bytes(SIZE), "-o", "ro")
     with connected(side) as client:
-        assert client.call("is_read_only")
-        assert client.pread(10, 0) == bytes(10)
+        assert client.is_read_only
+        assert client.read(0, 10) == bytes(10)
 
 
 def test_a_stage_without_a_view_has_none_over_nbd_either(sides: Sides) -> None:
     side = mounted(sides, bytes(SIZE), "--no-start")
     with connected(side) as client:
         with pytest.raises(OSError) as refused:
-            client.pread(10, 0)
+            client.read(0, 10)
         assert refused.value.errno == errno.EIO
 
 
@@ -282,8 +253,8 @@ def test_without_a_mount_it_is_served_until_a_signal(tmp_path: Path) -> None:
     for written in (b"s" * 10, b"n" * 10):
         with side.start() as process:
             with connected(side) as client:
-                assert client.pread(10, 0) == written
-                client.pwrite(b"n" * 10, 0)
+                assert client.read(0, 10) == written
+                client.write(0, b"n" * 10)
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said
@@ -321,4 +292,4 @@ def test_an_address_that_is_taken_is_named_with_its_option(sides: Sides) -> None
     assert done.stderr == f"replfs: error: {taken} is in use by another server: stop it or choose another --view-listen\n"
     assert not (sides.folder / "other.replfs").exists()
     with connected(side) as client:
-        assert client.pread(1, 0) == b"\0"
+        assert client.read(0, 1) == b"\0"

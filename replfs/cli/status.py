@@ -20,6 +20,8 @@ def show(status: dict[str, Any]) -> str:
         *([("", f"and {_count(status['more-backing'], 'more backing file')}")] if status["more-backing"] else []),
         *((name, _file(overlay)) for name, overlay in status.get("overlays", {}).items()),
         *([("listen", _listen(status))] if "listen" in status else _link(status)),
+        *([("view", _listen(status["view"]))] if "view" in status else []),
+        *([("QMP", _listen(status["qmp"]))] if "qmp" in status else []),
         ("durability", status["durability"]),
         *(("I/O errors", _errors(path, counts)) for path, counts in status["io-errors"].items()),
         ("state", status["state-dir"]),
@@ -33,8 +35,11 @@ def _errors(path: str, counts: dict[str, int]) -> str:
     return f"{path}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}"
 
 
-def _listen(status: dict[str, Any]) -> str:
-    return f"{status['listen']}, export {status['export']!r}, {_count(status['connections'], 'connection')}"
+def _listen(server: dict[str, Any]) -> str:
+    if server["listen"] is None:
+        return "nowhere"
+    export = [f"export {server['export']!r}"] if "export" in server else []
+    return ", ".join((server["listen"], *export, _count(server["connections"], "connection")))
 
 
 def _link(status: dict[str, Any]) -> list[tuple[str, str]]:

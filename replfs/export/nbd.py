@@ -70,8 +70,7 @@ class Peer(Protocol):
 class NbdServer:
     """Serves ``node`` as the export ``name``; the empty name answers too.
 
-    ``read_only`` may be changed at any time: connections made from then on see it. To fence writers off, set it and then call
-    :meth:`close_connections`.
+    ``read_only`` may be changed at any time: connections made from then on see it.
     """
 
     def __init__(

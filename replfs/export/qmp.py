@@ -30,7 +30,7 @@ MAX_UNSENT: Final = 1 << 20
 """Bytes that one connection may have left unread, beyond what the kernel keeps for it."""
 
 _PATIENCE: Final = 1.0  # seconds that clients have to take the last event
-_RECEIVE_SIZE: Final = 64 << 10
+_RECEIVE_SIZE: Final = 4096  # bytes, that are looked at one by one
 _CAPABILITIES: Final = "qmp_capabilities"
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from replfs import __version__
 
-MAX_MESSAGE: Final = 1 << 20
+MAX_MESSAGE: Final = 64 << 10
 """The most bytes of one message; a client that sends more is cut off."""
 
 MAX_DEPTH: Final = 64

@@ -462,10 +462,13 @@ class SecondaryVolume(Volume):
         return problem
 
     async def _fence(self) -> None:
-        """From failover on, and after a stop: nobody writes to the disk behind this side's machine."""
+        """From failover on, and after a stop: nobody writes to the disk behind this side's machine.
+
+        Each write is refused, but the export is not announced as read-only: a QEMU 7.2 that connects again, and finds that it has
+        become so, aborts at its next write, and its machine with it.
+        """
         if self.state.stage in _FENCED:
             self.exported.fenced = True
-            self.server.read_only = True
             await self.server.close_connections()
 
     def images(self) -> list[Image]:
