@@ -195,6 +195,7 @@ class _Service:
         self._shared_view = SharedView(volume.view, self._mount)
         self._view_server = NbdServer(self._shared_view, view.NAME, read_only=settings.read_only, option="--view-listen")
         self._view_address: Address | None = None  # where it listens
+        self._serving_view, self._served_view = trio.CancelScope(), trio.Event()
         self._qmp_server = QmpServer(volume, self._quit)
         self._qmp_address: Address | None = None
         self._background: trio.Nursery
@@ -227,7 +228,9 @@ class _Service:
                 self.volume.exports_status = self._status
                 self.volume.on_succession = self._succeed
                 if self._view_address is not None:
-                    background.start_soon(self._view_server.serve)
+                    background.start_soon(self._serve_view)
+                else:
+                    self._served_view.set()
                 if self._qmp_address is not None:
                     background.start_soon(self._qmp_server.serve)
                 self._on_ready()
@@ -235,6 +238,7 @@ class _Service:
             if self.begun:
                 if not self._beginning.cancel_called:  # which may have come too late to end the start
                     await self._serve()
+                await self._end_view()
                 await self.volume.settle()
             else:
                 self.failure = ReplfsError("interrupted before the file could be used", errno.EINTR)
@@ -258,6 +262,18 @@ class _Service:
             await _serve_mount(self._mount)
         else:
             await self._ended.wait()
+
+    async def _serve_view(self) -> None:
+        try:
+            with self._serving_view:
+                await self._view_server.serve()
+        finally:
+            self._served_view.set()
+
+    async def _end_view(self) -> None:
+        """While the mount is there: its requests may wait for the kernel, which waits for the mount's."""
+        self._serving_view.cancel()
+        await self._served_view.wait()
 
     def _close_mount(self, *, unmount: bool) -> None:
         assert self._mount is not None
@@ -301,6 +317,7 @@ class _Service:
                 await self.volume.drop_cache()
             except OSError as error:
                 logger.warning("what mappings have changed could not be written back: %s", error)
+        await self._end_view()
         await self.volume.settle()
         await self._qmp_server.shut_down(why)
         self._ended.set()

@@ -5,11 +5,13 @@ import json
 import mmap
 import os
 import random
+import select
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,47 @@ def test_readers_of_the_file_and_writers_over_nbd_at_the_same_time(sides: Sides)
         ended.set()
         reader.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, "umount -f"])
+def test_it_ends_in_good_order_while_both_faces_are_in_use(sides: Sides, how: Any) -> None:
+    """What was acknowledged over NBD is there afterwards, and nobody waits for anybody for ever."""
+    side = mounted(sides, bytes(SIZE))
+    side.expected += ["the mount was aborted"]
+    acknowledged = [0] * 8
+
+    def write(block: int) -> None:
+        with connected(side) as client, suppress(OSError, AssertionError):
+            for version in range(1, 1 << 20):
+                client.write(block * PAGE, version.to_bytes(4, "big") * (PAGE // 4))
+                acknowledged[block] = version
+
+    program = "import os, sys\nfile = os.open(sys.argv[1], os.O_RDONLY)\nwhile True: os.pread(file, 1 << 20, 0)"
+    writers = [threading.Thread(target=write, args=(block,), daemon=True) for block in range(8)]
+    with subprocess.Popen([sys.executable, "-c", program, side.file], stderr=subprocess.DEVNULL) as reader:
+        daemon = os.pidfd_open(side.pid)
+        try:
+            for writer in writers:
+                writer.start()
+            wait_for(lambda: min(acknowledged) > 5, "some writes")
+            if how is signal.SIGTERM:
+                signal.pidfd_send_signal(daemon, how)
+            else:
+                run("umount", "-f", side.point, check=False)
+            wait_for(lambda: not any(writer.is_alive() for writer in writers), "the connections to be closed")
+            reader.kill()  # as long as it has the file open, the mount is busy
+            assert select.select([daemon], [], [], 60)[0], "the daemon did not end"
+        finally:
+            if not select.select([daemon], [], [], 0)[0]:
+                signal.pidfd_send_signal(daemon, signal.SIGKILL)
+            os.close(daemon)
+            reader.kill()
+    run("umount", "-l", side.point, check=False)
+    side.mount()
+    content = side.content()
+    for block in range(8):
+        found = int.from_bytes(content[block * PAGE : block * PAGE + 4], "big")
+        assert found >= acknowledged[block] > 5
 
 
 def test_real_clients_copy_and_convert_it(sides: Sides, tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ def _errno(error: Exception) -> int:
     return errno.EIO
 
 
+@contextmanager
+def _tolerating(*numbers: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
+
+
 class FuseExport(pyfuse3.Operations):
     enable_writeback_cache = False
     supports_dot_lookup = False
@@ -116,7 +125,7 @@ class FuseExport(pyfuse3.Operations):
 
         In a worker thread: the kernel waits for requests that only this process can answer.
         """
-        with self._unknown_files():
+        with _tolerating(errno.ENOENT):  # nobody has looked the file up yet
             await trio.to_thread.run_sync(self.device.invalidate, _FILE)
         self._cached = self._cached_handles > 0
         self._attributes[_FILE].st_mtime_ns = self._attributes[_FILE].st_ctime_ns = time.time_ns()
@@ -128,18 +137,8 @@ class FuseExport(pyfuse3.Operations):
 
     async def drop_range(self, offset: int, length: int) -> None:
         """As :meth:`drop_cache`, of a range that has changed but through the mount."""
-        with self._unknown_files():
+        with _tolerating(errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED):  # or the mount has just ended
             await trio.to_thread.run_sync(self.device.invalidate, _FILE, offset, length, limiter=self._forgetting)
-
-    @staticmethod
-    @contextmanager
-    def _unknown_files() -> Iterator[None]:
-        """The kernel has nothing of a file that nobody has looked up yet."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
 
     # The two inodes
 
