@@ -2,18 +2,21 @@
 # Make this checkout ready to run: Debian packages (installed when run as root, named otherwise), and a virtual environment in .venv
 # with replfs and what PACKAGES adds to it. Doing it again costs a second.
 #
-#   scripts/setup.sh [test|bench]      also what the tests need, which includes a short form of the benchmark; or the benchmark alone
+#   scripts/setup.sh [test|bench|vm]   also what the tests need, which includes a short form of the benchmark, and the demo with
+#                                      virtual machines; or the benchmark alone; or that demo alone
 set -eu
 cd "$(dirname "$0")/.."
 
 packages="python3 python3-venv python3-dev gcc pkg-config libfuse3-dev fuse3 attr e2fsprogs"
+machines="qemu-system-x86 busybox-static cpio kmod xz-utils" # QEMU, and what makes a guest for it
 extra=""
 case ${1:-} in
     test)
-        packages="$packages qemu-utils nbdkit libnbd-bin python3-libnbd qemu-system-x86 fio"
+        packages="$packages qemu-utils nbdkit libnbd-bin python3-libnbd fio $machines"
         extra="[test]"
         ;;
     bench) packages="$packages qemu-utils nbdkit qemu-system-x86 fio" ;;
+    vm) packages="$packages $machines" ;;
 esac
 
 missing=""

@@ -1,10 +1,11 @@
-"""Every `sh` block of the README runs as it is written there, in order, by a shell that stops at the first failure."""
+"""Every `sh` block of the README and of the pages in docs/ runs as it is written there by a shell that stops at a failure."""
 
 import os
 import re
 import sys
 from pathlib import Path
 
+import pytest
 from harness import run
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,27 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
 
 
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("view.md", ["can_trim: true", "by the mount", "AA the mount"]),
+        ("qmp.md", ['{"return": {"error": false}}', "export-size: 67108864", '{"return": []}']),
+    ],
+)
+def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: list[str]) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    try:
+        blocks = "".join(BLOCK.findall(text))
+        done = run("sh", "-eux", "-c", blocks, cwd=tmp_path, env={**os.environ, "PATH": path}, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for words in expected:
+            assert words in done.stdout, done.stdout
+    finally:
+        run("umount", "-l", tmp_path / "mnt", check=False)
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+
+
 def test_every_option_and_file_that_the_readme_names_is_there() -> None:
     text = (ROOT / "README.md").read_text()
     commands = "".join(path.read_text() for path in (ROOT / "replfs/cli").glob("*.py"))
@@ -34,7 +56,9 @@ def test_every_option_and_file_that_the_readme_names_is_there() -> None:
     ours += (
         "|timeout|resync-rate|initial-sync|discard-remote|checkpoint-every|checkpoint-before|checkpoint-after|repair|pause|resume"
     )
+    ours += "|view-listen|qmp"
     for option in set(re.findall(rf"`[^`\n]*(--(?:{ours}))\b", text)):
         assert f'"{option}"' in commands
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / link).exists(), link
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", re.sub(r"#[a-z-]+\)", ")", page.read_text())):
+            assert (page.parent / link).exists(), (page, link)

@@ -30,8 +30,8 @@ _EXPECTS = re.compile(r"^# expects: (.*)$", re.MULTILINE)
 @pytest.mark.timeout(_SCRIPT_SECONDS + 60)
 @pytest.mark.parametrize("script", _SCRIPTS, ids=lambda path: path.stem)
 def test_script(script: Path, tmp_path: Path) -> None:
-    with _running(["sh", "-eu", str(script)], tmp_path, tmp_path) as process:
-        _assert_success(process, _SCRIPT_SECONDS)
+    with running(["sh", "-eu", str(script)], tmp_path, tmp_path) as process:
+        assert_success(process, _SCRIPT_SECONDS)
     expected = _EXPECTS.findall(script.read_text())
     assert _trouble(tmp_path, expected) == []
 
@@ -39,15 +39,15 @@ def test_script(script: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(_DEMO_SECONDS + 60)
 @pytest.mark.parametrize("options", [[], ["--qcow2"]], ids=["raw", "qcow2"])
 def test_demo(options: list[str], tmp_path: Path) -> None:
-    with _running([str(_DEMO), "--no-setup", *options], _DEMO.parent, tmp_path) as process:
-        _assert_success(process, _DEMO_SECONDS)
+    with running([str(_DEMO), "--no-setup", *options], _DEMO.parent, tmp_path) as process:
+        assert_success(process, _DEMO_SECONDS)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.timeout(_DEMO_SECONDS + 60)
 @pytest.mark.parametrize("step", ["3.", "6."])  # both sides are mounted; a failover begins
 def test_demo_interrupted(step: str, tmp_path: Path) -> None:
-    with _running([str(_DEMO), "--no-setup"], _DEMO.parent, tmp_path) as process:
+    with running([str(_DEMO), "--no-setup"], _DEMO.parent, tmp_path) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(step):
@@ -57,7 +57,7 @@ def test_demo_interrupted(step: str, tmp_path: Path) -> None:
 
 
 @contextmanager
-def _running(command: list[str], directory: Path, temporary: Path) -> Iterator[subprocess.Popen[str]]:
+def running(command: list[str], directory: Path, temporary: Path) -> Iterator[subprocess.Popen[str]]:
     """A command whose processes are known by their TMPDIR, ``temporary``; afterwards none of them, and no mount, may be left."""
     environment = dict(os.environ, LC_ALL="C", TMPDIR=str(temporary))
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -82,7 +82,7 @@ def _running(command: list[str], directory: Path, temporary: Path) -> Iterator[s
             process.communicate(timeout=_GONE_SECONDS)
 
 
-def _assert_success(process: subprocess.Popen[str], seconds: float) -> None:
+def assert_success(process: subprocess.Popen[str], seconds: float) -> None:
     try:
         output = process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired as expired:
