@@ -17,7 +17,8 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
@@ -60,6 +61,7 @@ class File:
         self._suspect = BitMap64()  # pages that an earlier sync could not make durable
         self._sync_lock = trio.Lock()
         self._rounds_begun = 0
+        self._rounds_failed = 0
         self._writing_back = False  # a thread is about to have the kernel do so
 
     def _failed(self, kind: str, error: OSError) -> OSError:
@@ -135,6 +137,21 @@ class File:
         last = end + _PAGE - 1 if end >= self.length() else end
         self._suspect.remove_range((offset + _PAGE - 1) >> _PAGE_BITS, last >> _PAGE_BITS)
 
+    @asynccontextmanager
+    async def _changing_aside(self, ranges: Sequence[tuple[int, int]]) -> AsyncIterator[None]:
+        """While a worker thread writes to ranges (offset, length): a sync meanwhile covers any part of it, or nothing."""
+        failed = self._rounds_failed
+        for offset, length in ranges:
+            self._changing(offset, length)
+        try:
+            yield
+        finally:
+            for offset, length in ranges:
+                self._changing(offset, length)
+        if self._suspect and failed == self._rounds_failed:  # else what was written may be what that sync has lost
+            for offset, length in ranges:
+                self._changed(offset, length)
+
     def write(self, offset: int, data: Data) -> None:
         """Write all of ``data``. After an error, any part of it may have been written."""
         length = len(data)
@@ -155,13 +172,8 @@ class File:
 
         After an error, any part of it may have been written. Raises OSError.
         """
-        for piece in pieces:
-            self._changing(piece.offset, piece.length)
-        await trio.to_thread.run_sync(self._copy, pieces)
-        for piece in pieces:
-            self._changing(piece.offset, piece.length)
-            if self._suspect:
-                self._changed(piece.offset, piece.length)
+        async with self._changing_aside([(piece.offset, piece.length) for piece in pieces]):
+            await trio.to_thread.run_sync(self._copy, pieces)
         if not self._writing_back:
             self._writing_back = True
             trio.lowlevel.start_thread_soon(self._begin_writing_back, self._has_begun_writing_back)
@@ -233,11 +245,8 @@ class File:
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool) -> None:
         """Zeroes, by fallocate where the file system can: a hole if ``may_unmap``, else zeroes that keep their room."""
-        self._changing(offset, length)
-        await trio.to_thread.run_sync(self._write_zeroes, offset, length, may_unmap)
-        self._changing(offset, length)
-        if self._suspect:
-            self._changed(offset, length)
+        async with self._changing_aside([(offset, length)]):
+            await trio.to_thread.run_sync(self._write_zeroes, offset, length, may_unmap)
 
     def _write_zeroes(self, offset: int, length: int, may_unmap: bool) -> None:
         for mode in (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE | _KEEP_SIZE) if may_unmap else (_ZERO_RANGE | _KEEP_SIZE,):
@@ -297,6 +306,7 @@ class File:
         return unsynced
 
     def _round_failed(self, unsynced: BitMap64, error: OSError) -> OSError:
+        self._rounds_failed += 1
         self._suspect |= unsynced | self._unsynced  # what was written meanwhile may be what has failed
         return self._failed("sync", error)
 
