@@ -106,7 +106,7 @@ def controlled(sides: Sides, *more: str | Path) -> Side:
 
 
 @asynccontextmanager
-async def client(address: str, *, ends: bool = False) -> AsyncIterator[QMPClient]:
+async def client(address: str | tuple[str, int], *, ends: bool = False) -> AsyncIterator[QMPClient]:
     """``ends``: the other side ends the connection."""
     found = QMPClient("test")
     await asyncio.wait_for(found.connect(address), SECONDS)
@@ -269,6 +269,19 @@ def test_what_there_is(sides: Sides) -> None:
     asyncio.run(manage())
     assert side.status()["qmp"] == {"listen": f"unix:{sides.folder}/qmp", "connections": 0}
     assert side.get("stage") == "running"
+
+
+def test_over_tcp_too(sides: Sides) -> None:
+    side = sides.secondary(b"d" * SIZE, "--qmp", "127.0.0.1:0")
+    host, _, port = side.status()["qmp"]["listen"].rpartition(":")
+
+    async def manage() -> None:
+        async with client((host, int(port))) as one, client((host, int(port))) as two:
+            with two.listener() as events:
+                await one.execute("xen-colo-do-checkpoint")
+                assert await event(events, "REPLFS_CHECKPOINT") == {"generation": 1}
+
+    asyncio.run(manage())
 
 
 @pytest.mark.parametrize("mounted", [True, False])
