@@ -9,6 +9,7 @@ from replfs.block.qcow2.entries import Kind
 from replfs.block.replication.secondary import SecondaryFilter
 
 _WINDOW = 4 << 20  # a few of the largest clusters of a qcow2 disk, so that whole ones can give their room back
+_HEAD_START = 0.01  # seconds: whoever takes over has requests that have waited, and they come first
 
 
 async def commit(view: SecondaryFilter, moved: Callable[[int, int], None]) -> None:
@@ -21,6 +22,7 @@ async def commit(view: SecondaryFilter, moved: Callable[[int, int], None]) -> No
     """
     view.committed = 0
     view.commit_error = None
+    await trio.sleep(_HEAD_START)
     layers = view.layers
     assert layers is not None
     while view.committed < view.size:
