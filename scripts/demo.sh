@@ -36,59 +36,21 @@ export PATH LC_ALL
 DISK_MIB=128
 RING=2048 # blocks of 4 KiB that the writer goes round in
 POLLS=600 # of 0.1 seconds: how long anything is waited for
-SECONDS_EACH=30
-AT_MOST="timeout $SECONDS_EACH" # goes before each command that may have to wait for a mount; also keeps ^C from tearing it
 
-step="starting"
-reason=""
-work=""
 writer=""
-processes=""
 
-say() {
-    step=$1
-    echo "$1"
+show_logs() {
+    [ -n "$reason" ] || [ ! -e "$work/log" ] || tail -n 20 "$work/log"
 }
 
-detail() {
-    echo "      $1"
-}
-
-fail() {
-    reason=$1
-    exit 1
-}
-
-complain() { # STATUS that a check, or a command of itself, ended with
-    [ "$1" != 124 ] || reason=${reason:-no answer within $SECONDS_EACH seconds}
-    [ -n "$reason" ] || [ ! -e "$work/log" ] || tail -n 20 "$work/log" >&2
-    echo "demo: FAILED at \"$step\": ${reason:-a command failed, see above}" >&2
-}
-
-leave() { # STATUS: take everything down again, whatever there is by now
-    trap - EXIT
-    trap '' HUP INT TERM
-    set +e
-    [ -n "$work" ] || exit "$1"
+end_own() {
     if [ -n "$writer" ]; then
         : >"$work/stop-writing"
         wait "$writer"
     fi
-    for side in primary secondary; do
-        grep -q "/${work##*/}/$side fuse" /proc/self/mounts || continue
-        $AT_MOST replfs umount "$work/$side" && continue
-        # shellcheck disable=SC2086
-        kill -KILL $processes
-        fusermount3 -uz "$work/$side" || umount -l "$work/$side"
-    done >/dev/null 2>&1
-    rm -rf --one-file-system "$work"
-    exit "$1"
 }
 
-trap 'status=$?; [ $status = 0 ] || complain $status; leave $((status != 0))' EXIT
-trap 'leave 129' HUP
-trap 'leave 130' INT
-trap 'leave 143' TERM
+. scripts/steps.sh
 
 # What the steps are made of
 
