@@ -311,6 +311,8 @@ def test_without_a_mount_it_is_served_until_a_signal(tmp_path: Path) -> None:
         (("none",), "none as MOUNTPOINT needs --view-listen"),
         (("none", "--view-listen", "unix:v", "-o", "allow_other"), "-o needs a mount"),
         (("m", "--view-listen", "192.0.2.1:10"), "192.0.2.1:10 is beyond this machine"),
+        (("m", "--view-listen", "unix:v", "--listen", "unix:./v"), "v is to be listened on for two things"),
+        (("m", "--view-listen", "127.0.0.1:9", "--qmp", "127.0.0.1:9"), "127.0.0.1:9 is to be listened on for two things"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...], why: str) -> None:

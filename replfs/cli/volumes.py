@@ -317,6 +317,10 @@ def _serve(
         raise click.UsageError("-o needs a mount", click.get_current_context())
     view_listen = _local(view_listen, plaintext, "--view-listen")
     qmp = _local(qmp, plaintext, "--qmp")
+    addresses = [address for address in (side.get("listen"), view_listen, qmp) if address is not None]
+    for address in addresses:
+        if addresses.count(address) > 1 and getattr(address, "port", -1) != 0:
+            raise click.UsageError(f"{address} is to be listened on for two things", click.get_current_context())
     path = resolve(disk)
     if state_dir is None:
         if path.is_block_device():

@@ -31,7 +31,7 @@ def check(config: Config) -> None:
             os.statvfs(path)  # unlike stat it is never answered from the kernel's cache: ENOTCONN if the mount is dead
             raise InUse(f"the mount point {shown} is busy: something is mounted there already")
     except OSError as error:
-        dead = ": what was mounted there is dead, unmount it first with umount" if error.errno == errno.ENOTCONN else ""
+        dead = ": what was mounted there is dead, unmount it first with replfs umount" if error.errno == errno.ENOTCONN else ""
         raise ReplfsError(f"cannot use the mount point {shown}: {error.strerror}{dead}", error.errno or errno.EIO) from error
     needed = {"disk": str(config.disk), "state directory": str(config.state_dir)}
     for address in (config.listen, config.view_listen, config.qmp):
