@@ -157,6 +157,22 @@ async def test_what_was_not_committed_is_there_after_a_kill(tmp_path: Path) -> N
     assert_sound_but_for_leaks(tmp_path / "over.qcow2")
 
 
+async def test_what_is_written_over_in_one_is_there_after_a_kill_also_where_only_its_begin_was_committed(tmp_path: Path) -> None:
+    """Clusters that lie one behind the other are written at once; of the later one the journal knows what it was before."""
+    made_overlay(tmp_path)
+    image = await opened(tmp_path)
+    assert image.changes is not None
+    await image.write(0, b"1" * CLUSTER)
+    await image.changes.commit()
+    await image.write(CLUSTER, b"2" * CLUSTER)
+    assert len(image.ranges(0, 2 * CLUSTER)) == 1, "they lie one behind the other"
+    await put(image, 0, b"3" * 2 * CLUSTER)
+    dies(image)
+    image = await opened(tmp_path)
+    assert same(bytes(await image.read(0, 3 * CLUSTER)), b"3" * 2 * CLUSTER + b"o" * CLUSTER)
+    dies(image)
+
+
 async def test_what_is_replayed_is_retired_when_the_tables_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has outlived one power cut must outlive the next one, too."""
     made_overlay(tmp_path)

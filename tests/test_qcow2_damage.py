@@ -911,6 +911,23 @@ async def test_a_write_into_metadata_is_stopped(image: Path, target: str, change
     assert "qemu-img check" in refused(image)
 
 
+async def test_a_run_that_leads_from_data_into_metadata_is_stopped(image: Path) -> None:
+    """Whole clusters that lie one behind the other are written over at once, of which only the last one is metadata."""
+    layout = Layout(image.read_bytes())
+    tables = {entries[0].offset for entries in layout.l2 if entries}
+    place = next(offset for offset in sorted(tables) if offset - 4096 not in {*tables, *layout.clusters.values(), 0})
+    for number, host in ((4, place - 4096), (5, place)):
+        patch(image, layout.entry(number), host | COPIED)
+    before = image.read_bytes()
+    node = open_disk(image, "qcow2")
+    await node.write(2 << 20, b"first")  # which is no change of a table, and all right
+    with pytest.raises(OSError) as failed:
+        await node.write(4 * 4096, b"!" * 2 * 4096)
+    assert failed.value.errno == errno.EIO
+    await node.close()
+    assert image.read_bytes()[place : place + 4096] == before[place : place + 4096]
+
+
 @pytest.mark.parametrize("target", ["L1", "refcount table", "refcount block"])
 async def test_a_version_2_image_has_no_mark_but_is_not_written_either(folder: Path, target: str) -> None:
     image = made(folder / "v2", "v2")
