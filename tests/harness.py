@@ -97,6 +97,17 @@ class Side:
         replfs("umount", self.point)
         self.pid = 0
 
+    def umount_when_free(self) -> None:
+        """As a person does whose program has just been killed: the kernel may use its files (io_uring's) for a moment longer."""
+
+        def unmounted() -> bool:
+            done = replfs("umount", self.point, check=False)
+            assert done.returncode == 0 or "target is busy" in done.stderr, done.stderr
+            return done.returncode == 0
+
+        wait_for(unmounted, "the mount to be free")
+        self.pid = 0
+
     def signal(self, number: signal.Signals) -> None:
         """Signal the daemon and wait until it is gone."""
         process = os.pidfd_open(self.pid)
@@ -115,9 +126,10 @@ class Side:
         """Remove what there is; returns what the test should not have left or logged."""
         problems = []
         if self.pid:
-            done = replfs("umount", self.point, check=False)
-            if done.returncode != 0:
-                problems.append(f"could not be unmounted: {done.stderr}")
+            try:
+                self.umount_when_free()
+            except AssertionError as error:
+                problems.append(f"could not be unmounted: {error}")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pid, signal.SIGKILL)
         if self.point.name in Path("/proc/self/mounts").read_text():

@@ -133,7 +133,7 @@ def test_another_machine_goes_on_from_the_checkpoint(sides: Sides, boot: Boot, c
     first.process.kill()
     primary.signal(signal.SIGKILL)
     first.end()
-    run("umount", primary.point)
+    primary.umount_when_free()
 
     replfs("failover", "--wait", secondary.point)
     second = boot(secondary.file, "check", cache, aio)

@@ -5,11 +5,11 @@ a thread of it may be inside the kernel, waiting for a page that only the proces
 it keeps /dev/fuse open for ever, and whoever touches the mount hangs with it. So a small process without that file watches, and
 aborts the connection when the main thread of the daemon dies.
 
-It does so through the FUSE control file system, where that is mounted, or, as root, through a forced unmount of a mount that it
-keeps busy: which aborts the connection and leaves the mount where it is, dead.
+It does so through the FUSE control file system, where that is mounted. Else, as root, through a forced unmount, which aborts the
+connection before it unmounts anything: of the copy of the mount that a mount namespace of the watchdog's own has. So the mount stays
+where it is, dead, and nothing keeps it busy: whoever unmounts it next succeeds at once.
 """
 
-import contextlib
 import ctypes
 import os
 import re
@@ -19,6 +19,9 @@ from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _MNT_FORCE: Final = 1  # umount(2)
+_CLONE_NEWNS: Final = 0x00020000  # unshare(2)
+_MS_REC: Final = 1 << 14  # mount(2)
+_MS_PRIVATE: Final = 1 << 18
 _DEATH: Final = signal.SIGUSR1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,19 +64,19 @@ def _watch(reader: int, parent: int) -> None:
     device = os.read(reader, 64)
     if device and os.getppid() == parent:
         signal.sigwait({_DEATH})
-    for mounted, path in _mounts():
-        if mounted == device:
-            _abort(device.split(b":")[1].decode(), path)
+    if device:
+        _abort(device)
 
 
-def _abort(minor: str, path: bytes) -> None:
+def _abort(device: bytes) -> None:
     try:
-        Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
+        Path(f"/sys/fs/fuse/connections/{device.split(b':')[1].decode()}/abort").write_text("1")
     except OSError:
-        with contextlib.suppress(OSError):
-            busy = os.open(path, os.O_PATH)
-            _libc.umount2(path, _MNT_FORCE)
-            os.close(busy)
+        if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None):
+            return  # not root
+        for mounted, path in _mounts():
+            if mounted == device:
+                _libc.umount2(path, _MNT_FORCE)
 
 
 def _mounts() -> list[tuple[bytes, bytes]]:
