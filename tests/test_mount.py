@@ -458,6 +458,27 @@ def test_a_daemon_killed_in_a_checkpoint_under_a_changing_mapping_leaves_nobody_
     assert same(far.content(), far.disk.read_bytes())
 
 
+def test_the_watchdog_leaves_a_mount_dead_where_it_is_and_keeps_it_free(sides: Sides) -> None:
+    far = sides.secondary(MIB)
+    far.expected = ["the mount was aborted"]
+    device = os.stat(far.point).st_dev
+    aborted = (
+        "import sys; from replfs.export.watchdog import abort; abort(sys.argv[1].encode()); print('done', flush=True); input()"
+    )
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with subprocess.Popen(
+        [sys.executable, "-c", aborted, number], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as watchdog:
+        assert watchdog.stdout is not None
+        assert watchdog.stdout.readline() == "done\n"
+        assert error_of(os.statvfs, far.point) in (errno.ENOTCONN, errno.ECONNABORTED)
+        run("umount", far.point)
+        assert not os.path.ismount(far.point)
+        watchdog.communicate("\n")
+    wait_for(lambda: "ended" in (far.state_dir / "replfs.log").read_text(), "the daemon's end")
+    far.pid = 0
+
+
 def test_what_mappings_have_changed_outlives_a_sigterm(sides: Sides) -> None:
     far = sides.secondary(SIZE)
     with mapped(far.file) as mapping:

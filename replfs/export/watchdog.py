@@ -6,8 +6,8 @@ it keeps /dev/fuse open for ever, and whoever touches the mount hangs with it. S
 aborts the connection when the main thread of the daemon dies.
 
 It does so through the FUSE control file system, where that is mounted. Else, as root, through a forced unmount, which aborts the
-connection before it unmounts anything: of the copy of the mount that a mount namespace of the watchdog's own has. So the mount stays
-where it is, dead, and nothing keeps it busy: whoever unmounts it next succeeds at once.
+connection before anything else: in a mount namespace of the watchdog's own, which has a copy of the mount. So the mount stays where
+it is, dead, and nothing keeps it busy: whoever unmounts it next succeeds at once.
 """
 
 import ctypes
@@ -65,10 +65,11 @@ def _watch(reader: int, parent: int) -> None:
     if device and os.getppid() == parent:
         signal.sigwait({_DEATH})
     if device:
-        _abort(device)
+        abort(device)
 
 
-def _abort(device: bytes) -> None:
+def abort(device: bytes) -> None:
+    """Have the kernel fail every request on the mount of a device (major:minor), which stays; this process is to end then."""
     try:
         Path(f"/sys/fs/fuse/connections/{device.split(b':')[1].decode()}/abort").write_text("1")
     except OSError:
