@@ -10,6 +10,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, settings
 
+from replfs.block import syncs
+
 settings.register_profile("replfs", deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("replfs")
 
@@ -31,6 +33,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("full_only")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def syncs_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process every sync is a call of os.fdatasync, which tests have fail, count and lie; daemons do as users' do."""
+    monkeypatch.setattr(syncs, "asynchronous", False)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from typing import Final
 import trio
 from pyroaring import BitMap64
 
+from replfs.block import syncs
 from replfs.block.node import Data, Extent, Piece, merge
 
 _KEEP_SIZE: Final = 1  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
@@ -292,7 +293,8 @@ class File:
                 unsynced = self._begin_round()
                 try:
                     with trio.CancelScope(shield=True):  # others may be counting on this round
-                        await trio.to_thread.run_sync(self._fdatasync)
+                        if not await syncs.fdatasync(self.fd):
+                            await trio.to_thread.run_sync(self._fdatasync)
                 except OSError as error:
                     raise self._round_failed(unsynced, error) from None
             self.check_suspect()
