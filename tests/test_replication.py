@@ -437,19 +437,19 @@ async def test_a_pre_image_that_cannot_be_saved_fails_the_forwarded_write(tmp_pa
     before = os.urandom(IMAGE)
     async with secondary(tmp_path, before) as far:
         assert far.exported.hidden is not None
-        plain = far.exported.hidden.populate
+        at_once, later = far.exported.hidden.populate_at_once, far.exported.hidden.populate
 
         def full(offset: int, data: Data) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        far.exported.hidden.populate = full  # type: ignore[method-assign]
+        far.exported.hidden.populate_at_once = far.exported.hidden.populate = full  # type: ignore[assignment, method-assign]
         await raises(errno.ENOSPC, far.exported.write(100, b"n" * 100))
         await raises(errno.ENOSPC, far.exported.write_zeroes(100, 100))
         assert same(on_disk(far), before)
         assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
             "a forwarded write failed, so this side's disk is not what the primary's is: [Errno 28] No space left on device"
         ]
-        far.exported.hidden.populate = plain  # type: ignore[method-assign]
+        far.exported.hidden.populate_at_once, far.exported.hidden.populate = at_once, later  # type: ignore[method-assign]
         await far.exported.write(100, b"n" * 100)
         assert same(await content(far), before)
 
@@ -677,7 +677,7 @@ async def test_nothing_is_done_at_once_where_somebody_else_is_at_work(tmp_path: 
             async with volume.gate.shut():
                 assert not node.write_at_once(0, data)
                 assert not node.read_at_once(0, memoryview(bytearray(4096)))
-        reading = volume.disk.read_into
+        reading, cached = volume.disk.read_into, volume.disk.read_at_once
         under_way: list[bool] = []
 
         async def read_into(offset: int, buffer: memoryview) -> None:
@@ -685,6 +685,7 @@ async def test_nothing_is_done_at_once_where_somebody_else_is_at_work(tmp_path: 
             await reading(offset, buffer)
 
         volume.disk.read_into = read_into  # type: ignore[method-assign]
+        volume.disk.read_at_once = lambda offset, buffer: offset > 0 and cached(offset, buffer)  # type: ignore[method-assign]
         await volume.exported.write(0, b"n" * 512)
         assert under_way == [False, True]  # in the subcluster that is being saved, and elsewhere
         assert same(await content(volume), b"o" * 2 * CLUSTER)

@@ -52,8 +52,9 @@ class CopyBeforeWrite(Node):
             unfinished = self._unfinished
             if missing or unfinished > self._finished:
                 try:
-                    for first, last in missing:
-                        await self.hidden.populate(first, await self.disk.read(first, last - first))
+                    if not self._populate_at_once(self.hidden, missing):
+                        for first, last in self.hidden.missing(start, stop):
+                            await self.hidden.populate(first, await self.disk.read(first, last - first))
                     if self._durable:
                         await self.hidden.harden()
                         self._finished = max(self._finished, unfinished)
@@ -102,8 +103,10 @@ class CopyBeforeWrite(Node):
         missing = [(start, stop)] if lacks else [] if lacks is False else hidden.missing(start, stop)
         if not missing:
             return not self._durable or self._unfinished <= self._finished
-        if self._durable:
-            return False
+        return not self._durable and self._populate_at_once(hidden, missing)
+
+    def _populate_at_once(self, hidden: Image, missing: list[tuple[int, int]]) -> bool:
+        """Save what is missing, if that need not wait; False if it has not been done in whole."""
         for first, last in missing:
             old = self._scratch[: last - first]
             if len(old) < last - first or not self.disk.read_at_once(first, old) or not hidden.populate_at_once(first, old):

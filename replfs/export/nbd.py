@@ -41,7 +41,7 @@ MAX_CONNECTIONS: Final = 16
 HANDSHAKE_TIMEOUT: Final = 30.0
 """Seconds that a client has to come to an agreement."""
 
-MAX_REQUESTS: Final = 16
+MAX_REQUESTS: Final = 32
 """Requests of one connection that the node is busy with at a time."""
 
 MAX_HELD: Final = 64 << 20

@@ -61,6 +61,8 @@ class Changes:
         self._bits = cluster_bits
         self.unit = unit
         self._hardened = 0  # the number of the last record that is durable, with all that it is about
+        self._hardening = False
+        self._waiting = trio.lowlevel.ParkingLot()  # for the end of a hardening, however it ends
         self._closed = False
         self._watched: dict[int, int] = {}  # clusters of the data file, with the number of the last record about them
         self._freed: list[tuple[int, int]] = []  # (first cluster, how many) to count once less
@@ -253,12 +255,22 @@ class Changes:
         """Everything so far outlives a power cut, if by means of the journal. One sync serves all who ask. Raises OSError."""
         assert self.journal is not None
         wanted = self.journal.number
+        while self._hardened < wanted:
+            if self._hardening:
+                await self._waiting.park()  # that one may have begun before these records
+                continue
+            self._hardening = True
+            try:
+                await self._harden(self.journal)
+            finally:
+                self._hardening = False
+                self._waiting.unpark_all()
+
+    async def _harden(self, journal: Journal) -> None:
         async with self._lock:
-            if self._hardened >= wanted:
-                return
-            through = self.journal.number
+            through = journal.number
             entries = self._tables.begin_commit()
-            await sync(self._file, self._data, self.journal.file)
+            await sync(self._file, self._data, journal.file)
             for offset, raw in entries:
                 self._file.write(offset, raw)
             self._tables.end_commit()
