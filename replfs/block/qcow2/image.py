@@ -433,8 +433,7 @@ class Image(Node):
         """Write to what is held already, in one piece and without a change to any table; False if it is not that simple."""
         bits = self._cluster_bits
         cluster = offset >> bits
-        index = cluster >> self._slice_bits
-        table = self._l2.slice(index)
+        table = self._l2.own_slice(cluster >> self._slice_bits)
         count = (stop - 1 >> bits) - cluster + 1
         if table is None or self._unchanged:
             return False
@@ -448,8 +447,6 @@ class Image(Node):
             or not self._entries.holds(entry, bitmap, cluster << bits, cluster + 1 << bits)
             or self._entries.alike(table, at, count) < count
         ):
-            return False
-        if not self._l2.owns(index):
             return False
         host = entry & HOST_OFFSET
         first = host >> bits
