@@ -119,9 +119,8 @@ class ReplfsSecondary(Replfs):
     def arguments(self) -> tuple[str, ...]:
         return "secondary", "--listen", f"unix:{self.folder / 'nbd'}", "--durability", self.durability
 
-    def remount(self) -> None:
+    def resume(self) -> None:
         """With the overlays that there are."""
-        self.stop()
         self.mount(*self.arguments())
 
     def checkpoint(self) -> None:

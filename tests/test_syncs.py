@@ -90,3 +90,22 @@ async def test_a_closed_descriptor_is_an_error_of_its_own() -> None:
     """And no reason to use threads from then on."""
     assert not await fdatasync(-1)
     assert syncs.asynchronous
+
+
+@pytest.mark.usefixtures("asynchronous")
+async def test_an_end_that_the_kernel_does_not_tell_of_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is that of an earlier sync, whose end nobody has asked for."""
+    monkeypatch.setattr(syncs, "_idle", [])
+    with (tmp_path / "f").open("wb") as file:
+        assert await fdatasync(file.fileno())
+        (context,) = syncs._idle
+        context.begin(file.fileno())
+        context._sync += 1
+        with pytest.raises(RuntimeError, match="does not tell"):
+            await context.end()
+        syncs._idle[:] = [context]
+        context._get = 100_000
+        with pytest.raises(OSError, match="does not tell"):
+            await fdatasync(file.fileno())
+    assert not syncs.asynchronous
+    assert syncs._idle == []

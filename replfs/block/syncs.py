@@ -53,10 +53,13 @@ class _Context:
         self._request = ctypes.create_string_buffer(_IOCB.size)
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._event = ctypes.create_string_buffer(_EVENT.size)
+        self._sync = 0  # which one is under way, or was the last
 
     def begin(self, fd: int) -> None:
         """Raises _NotBegun."""
-        _IOCB.pack_into(self._request, 0, 0, 0, 0, _IOCB_CMD_FDSYNC, 0, fd & 0xFFFF_FFFF, 0, 0, 0, 0, _IOCB_FLAG_RESFD, self._done)
+        self._sync += 1
+        values = (self._sync, 0, 0, _IOCB_CMD_FDSYNC, 0, fd & 0xFFFF_FFFF, 0, 0, 0, 0, _IOCB_FLAG_RESFD, self._done)
+        _IOCB.pack_into(self._request, 0, *values)
         if _libc.syscall(self._submit, self._number, 1, self._requests) < 0:
             raise _not_begun()
 
@@ -68,8 +71,10 @@ class _Context:
                 break
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._done)
-        _libc.syscall(self._get, self._number, 1, 1, self._event, None)  # it is there, so nothing can go wrong
-        result = _EVENT.unpack(self._event.raw)[2]
+        got = _libc.syscall(self._get, self._number, 1, 1, self._event, None)
+        sync, _, result, _ = _EVENT.unpack(self._event.raw)
+        if got != 1 or sync != self._sync:
+            raise RuntimeError("the kernel does not tell what has become of a sync")
         if result < 0:
             raise OSError(-result, os.strerror(-result))
 
@@ -78,21 +83,28 @@ _idle: Final[list[_Context]] = []
 
 
 async def fdatasync(fd: int) -> bool:
-    """As fdatasync(2), unless that takes a thread: then False, and nothing has been done. Cannot be cancelled. Raises OSError."""
+    """As fdatasync(2), unless that takes a thread: then False, and nothing has been done. Cannot be cancelled. Raises OSError.
+
+    A context that somebody has left before the end is not used again: what it would tell of is an earlier sync.
+    """
     global asynchronous
     if not asynchronous:
         return False
-    context = None
     try:
         context = _idle.pop() if _idle else _Context()
         context.begin(fd)
-        with trio.CancelScope(shield=True):
-            await context.end()
-        return True
     except _NotBegun as error:
         if error.errno not in (errno.EAGAIN, errno.EBADF):  # which are about this moment, or this file
             asynchronous = False
         return False
-    finally:
-        if context is not None:
-            _idle.append(context)
+    try:
+        with trio.CancelScope(shield=True):
+            await context.end()
+    except RuntimeError as error:
+        asynchronous = False
+        raise OSError(errno.EIO, str(error)) from None
+    except OSError:
+        _idle.append(context)
+        raise
+    _idle.append(context)
+    return True
