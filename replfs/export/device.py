@@ -133,13 +133,17 @@ class Device:
 
     async def _work(self) -> None:
         """A worker: whatever changes something does so while awake, and looks here again before it parks."""
-        buffer = mmap.mmap(-1, _DATA_AT + LARGEST)  # of which only what is used takes memory
-        view, attempt = memoryview(buffer), partial(os.readv, self._fd, [buffer])
+        buffer: mmap.mmap | None = None
         while not self._ended:
             if self._receiving:
                 await self._idle.park()
                 self._standby = False
                 continue
+            if buffer is None:
+                # With all of its memory there: a process that is killed while the kernel has to find some for a request leaves that
+                # request an I/O error, in place of the end of the connection.
+                buffer = mmap.mmap(-1, _DATA_AT + LARGEST, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+                view, attempt = memoryview(buffer), partial(os.readv, self._fd, [buffer])
             try:
                 length = attempt()  # as :meth:`_receive` does, in fewer steps
             except OSError:
