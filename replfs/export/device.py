@@ -145,7 +145,7 @@ class Device:
                 buffer = mmap.mmap(-1, _DATA_AT + LARGEST, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
                 view, attempt = memoryview(buffer), partial(os.readv, self._fd, [buffer])
             try:
-                length = attempt()  # as :meth:`_receive` does, in fewer steps
+                length = attempt()  # in fewer steps than :meth:`_receive`, which sees to all that is no request
             except OSError:
                 self._receiving = True
                 try:

@@ -61,7 +61,7 @@ class Changes:
         self._bits = cluster_bits
         self.unit = unit
         self._hardened = 0  # the number of the last record that is durable, with all that it is about
-        self._hardening = False
+        self._hardening = False  # by one of those who wait for it, for all of them
         self._waiting = trio.lowlevel.ParkingLot()  # for the end of a hardening, however it ends
         self._closed = False
         self._watched: dict[int, int] = {}  # clusters of the data file, with the number of the last record about them
