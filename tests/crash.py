@@ -1116,6 +1116,8 @@ class Driver:
         if self.model.now[0] is not Stage.NONE or self.setup.mode is Mode.PRIMARY:
             self.model.view.assert_now(await everything(self.volume.view), "the view, in use")
         if not self.model._mixed:
+            if isinstance(self.volume, SecondaryVolume):
+                await self.volume.exported.drain()
             self.model.disk.assert_now(await everything(self.volume.disk), "the disk, in use")
 
 

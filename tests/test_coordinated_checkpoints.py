@@ -87,9 +87,9 @@ async def test_the_machine_does_not_write_while_the_secondary_takes_one(tmp_path
             with trio.move_on_after(0.05) as waiting:
                 await near.view.write(0, b"x" * 512)
             assert waiting.cancelled_caught
-            assert on_disk(near)[:512] == on_disk(far)[:512] == bytes(512)
+            assert (await on_disk(near))[:512] == (await on_disk(far))[:512] == bytes(512)
         await near.view.write(0, b"x" * 512)
-        assert on_disk(near)[:512] == on_disk(far)[:512] == b"x" * 512
+        assert (await on_disk(near))[:512] == (await on_disk(far))[:512] == b"x" * 512
 
 
 async def test_a_secondary_between_two_states_takes_none(tmp_path: Path) -> None:

@@ -160,13 +160,13 @@ async def test_a_record_does_not_come_back_when_its_cluster_is_another_s(tmp_pat
     plain = image.data.write
 
     def full(offset: int, data: Any) -> None:
-        if len(data) == SUBCLUSTER:
+        if len(data) == 2 * CLUSTER:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         plain(offset, data)
 
     image.data.write = full  # type: ignore[method-assign]
     with pytest.raises(OSError, match="No space"):
-        await image.populate(0, b"a" * SUBCLUSTER)
+        await image.populate(0, b"a" * (2 * CLUSTER))
     image.data.write = plain  # type: ignore[method-assign]
     synced: list[str] = []
     assert image.changes is not None

@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> str:
 
 def fill(made: Journal, numbers: range, *, hashes: int = 2) -> list[Record]:
     for number in numbers:
-        made.append(Change.DATA, number, number + 1, 7, list(range(hashes)))
+        made.append(Change.DATA, number, number + 1, 7, hashes=list(range(hashes)))
     return [Record(Change.DATA, number, number + 1, 7, tuple(range(hashes))) for number in numbers]
 
 
@@ -93,6 +93,42 @@ def test_what_is_left_of_lost_records_never_counts_as_a_new_one_s_successor(path
     new = fill(again, range(100, 101))
     assert records_of(path) == new
     again.file.close()
+
+
+def test_records_carry_data_and_what_is_staged_until_that_is_applied(path: str) -> None:
+    made = Journal.create(Storage(), path, 7)
+    made.append(Change.SAVED, 0, 4, 7, content=b"olds")
+    made.append(Change.STAGED, 4, 8, 7, content=b"more", offset=5, data=b"new")
+    made.append(Change.STAGED, 8, 12, 7, content=b"last", offset=9, data=b"newer")
+    saved = Record(Change.SAVED, 0, 4, 7, (), b"olds")
+    staged = [Record(Change.STAGED, 4, 8, 7, (), b"more", 5, b"new"), Record(Change.STAGED, 8, 12, 7, (), b"last", 9, b"newer")]
+    assert records_of(path) == [saved, *staged]
+    made.retire(3)
+    assert records_of(path) == staged, "what is staged stays"
+    made.apply(2)
+    assert records_of(path) == [staged[0]._replace(data=b""), staged[1]]
+    made.retire(3)
+    assert records_of(path) == staged[1:]
+    made.apply(3)
+    made.retire(3)
+    assert records_of(path) == []
+    made.file.close()
+
+
+def test_a_journal_for_data_has_room_that_was_written_and_is_blank_until_it_is_used(tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").touch()
+    os.truncate(tmp_path / "disk.raw", 1 << 30)
+    made = (Storage(), str(tmp_path / "over.qcow2"), 1 << 30, "./disk.raw", "raw")
+    path = tmp_path / "over.journal"
+    create_overlay(*made, journal=str(path), append_only=True)
+    assert path.stat().st_size == 4096 + (16 << 20) <= path.stat().st_blocks * 512
+    assert is_blank_overlay(*made, journal=str(path), append_only=True)
+    assert not is_blank_overlay(*made, journal=str(path)), "it is not as large as it would be then"
+    journal = Journal.open(Storage(), str(path))
+    assert (journal.records(), journal.used) == ([], False)
+    journal.append(Change.SAVED, 0, 4, 7, content=b"olds")
+    journal.file.close()
+    assert not is_blank_overlay(*made, journal=str(path), append_only=True)
 
 
 def test_a_journal_that_is_damaged_is_refused(path: str) -> None:

@@ -120,6 +120,21 @@ async def writes_side_by_side(driver: Driver) -> None:
         await driver.check()
 
 
+async def staged(driver: Driver) -> None:
+    """Forwarded writes that wait for nothing, in bursts, and others over them soon afterwards."""
+    chance = random.Random(21)
+    async with driver.mounted():
+        await driver.write("disk", 0, SECTOR)  # there is a table then
+        for i in range(6):
+            for _ in range(chance.randrange(1, 5)):
+                await driver.write("disk", chance.randrange(20) * SUBCLUSTER, chance.choice((1, 1, 2, 3)) * SUBCLUSTER)
+            if i % 2:
+                for _ in range(2):
+                    await driver.write("disk", (70 + i) * SUBCLUSTER, SUBCLUSTER)  # where nothing was written before
+                    await driver.flush("disk")
+        await driver.check()
+
+
 async def checkpoints(driver: Driver) -> None:
     async with driver.mounted():
         for number in range(3):
@@ -223,6 +238,7 @@ Scenario = Callable[[Driver], Awaitable[None]]
 SECONDARY: list[Scenario] = [
     writes,
     writes_side_by_side,
+    staged,
     checkpoints,
     checkpoints_under_load,
     failover,

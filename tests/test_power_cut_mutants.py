@@ -20,17 +20,22 @@ from test_power_cut import (
     primary_that_forwards,
     resume,
     root,
+    staged,
     start,
     stop,
     writes,
 )
 
+from replfs.block.copy_before_write import CopyBeforeWrite
 from replfs.block.file import File
 from replfs.block.qcow2.changes import Changes
 from replfs.block.qcow2.changes import sync as plain_sync
 from replfs.block.replication.rules import Mode
+from replfs.block.staging import Staging
 
 __all__ = ["root"]  # a fixture
+
+plain_release = Staging._release
 
 
 class Rule(NamedTuple):
@@ -60,6 +65,14 @@ def free_at_once(self: Changes, cluster: int, count: int) -> None:
 async def give_back_at_once(self: Changes) -> None:
     released, self._released = self._released, []
     await self._give_back(released)
+
+
+async def flush_only(self: CopyBeforeWrite) -> None:
+    """In place of draining."""
+
+
+def release_all(self: Staging, marked: int) -> None:
+    plain_release(self, 1 << 62)
 
 
 CHANGES = "replfs.block.qcow2.changes"
@@ -110,6 +123,13 @@ RULES = {
     ),
     "new refcount blocks are durable before anything leads to them": Rule(
         primary_alone, (Lie("durable", DISK),), "qcow2 512", Mode.PRIMARY, check=2
+    ),
+}
+RULES |= {
+    "a staged write's pre-image is durable before the disk has it": Rule(staged, (Lie("sync", r"/hidden\.\d+\.journal$"),)),
+    "a flush covers what is staged": Rule(staged, broken={"replfs.block.copy_before_write.CopyBeforeWrite.drain": flush_only}),
+    "what was staged is not written over before it is known to be applied": Rule(
+        staged, broken={"replfs.block.staging.Staging._release": release_all}
     ),
 }
 RULES["what may differ is known before it does"] = Rule(

@@ -121,12 +121,12 @@ async def test_primary_read(tmp_path: Path) -> None:
 async def test_primary_write(tmp_path: Path) -> None:
     async with pair(tmp_path, start=False) as (near, far):
         await near.view.write(0, b"\x11" * 512)
-        assert on_disk(far)[:512] == bytes(512)
+        assert (await on_disk(far))[:512] == bytes(512)
         assert await outcome(near, Operation.START) == OK
         await until_connected(near)
         await near.view.write(512, b"\x22" * 512)
-        assert on_disk(far)[512:1024] == b"\x22" * 512
-        assert on_disk(near)[:1024] == b"\x11" * 512 + b"\x22" * 512
+        assert (await on_disk(far))[512:1024] == b"\x22" * 512
+        assert (await on_disk(near))[:1024] == b"\x11" * 512 + b"\x22" * 512
 
 
 async def test_primary_start(tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ async def test_primary_stop(tmp_path: Path) -> None:
         assert await outcome(near, Operation.STOP) == OK
         assert near.state.stage is Stage.DONE
         await near.view.write(0, b"own")
-        assert on_disk(near)[:3] == b"own"
-        assert on_disk(far)[:3] == bytes(3)
+        assert (await on_disk(near))[:3] == b"own"
+        assert (await on_disk(far))[:3] == bytes(3)
 
 
 async def test_primary_do_checkpoint(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ async def test_primary_do_checkpoint(tmp_path: Path) -> None:
         await near.view.write(0, b"seen there, too")
         assert await outcome(near, Operation.CHECKPOINT) == OK
         assert near.state.generation == 1
-        assert same(await content(far), on_disk(near))
+        assert same(await content(far), await on_disk(near))
 
 
 async def test_primary_get_error_all(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ async def test_secondary_write(tmp_path: Path) -> None:
         await far.view.write(0, b"\x11" * 512)
         await far.exported.write(0, b"\x22" * 512)
         assert bytes(await far.view.read(0, 512)) == b"\x11" * 512
-        assert on_disk(far)[:512] == b"\x22" * 512
+        assert (await on_disk(far))[:512] == b"\x22" * 512
 
 
 async def test_secondary_start(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ async def test_secondary_stop(tmp_path: Path) -> None:
         assert far.state.stage is Stage.DONE
         assert same(await content(far), bytes(512) + b"\x22" * 512 + bytes(IMAGE - 1024))
         await far.view.write(0, b"\x33" * 512)
-        assert on_disk(far)[:512] == b"\x33" * 512
+        assert (await on_disk(far))[:512] == b"\x33" * 512
 
 
 async def test_secondary_continuous_replication(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ async def test_secondary_continuous_replication(tmp_path: Path) -> None:
         await until_stage(far, Stage.DONE)
         expected = b"\x33" * 512 + b"\x11" * (half - 512) + bytes(half)
         assert same(await content(far), expected)
-        assert same(on_disk(far), expected)
+        assert same(await on_disk(far), expected)
         assert far.error == OK
 
 
@@ -361,7 +361,7 @@ async def test_where_writes_go_after_a_failed_commit(tmp_path: Path) -> None:
         for offset in (CLUSTER + 100, 2 * CLUSTER + 100, 8 * CLUSTER):
             await far.view.write(offset, b"X" * 300)
             view[offset : offset + 300] = b"X" * 300
-        disk = on_disk(far)
+        disk = await on_disk(far)
         assert disk[CLUSTER + 100 : CLUSTER + 400] == before[CLUSTER + 100 : CLUSTER + 400]
         assert disk[2 * CLUSTER + 100 : 2 * CLUSTER + 400] == b"N" * 300
         assert disk[8 * CLUSTER : 8 * CLUSTER + 300] == b"X" * 300
@@ -373,7 +373,7 @@ async def test_where_writes_go_after_a_failed_commit(tmp_path: Path) -> None:
         assert same(await content(far), bytes(view))
         assert await outcome(far, Operation.FAILOVER) == OK
         await until_stage(far, Stage.DONE)
-        assert same(on_disk(far), bytes(view))
+        assert same(await on_disk(far), bytes(view))
         assert far.error == OK
 
 
@@ -387,12 +387,12 @@ async def test_a_write_behind_the_commit_reaches_the_disk(tmp_path: Path) -> Non
                 while far.view.committed < 8 << 20:
                     await trio.lowlevel.checkpoint()
             await far.view.write(100, b"late")
-            assert on_disk(far)[100:104] == b"late"
+            assert (await on_disk(far))[100:104] == b"late"
             await far.view.write((13 << 20) + 100, b"early")
-            assert on_disk(far)[(13 << 20) + 100 :][:5] != b"early"
+            assert (await on_disk(far))[(13 << 20) + 100 :][:5] != b"early"
             view = await content(far)
         await until_stage(far, Stage.DONE)
-        assert same(on_disk(far), view)
+        assert same(await on_disk(far), view)
         assert same(await content(far), view)
 
 
@@ -414,7 +414,7 @@ async def test_a_disk_error_behind_the_commit_makes_it_fail_and_a_retry_mends_it
         view = await content(far)
         assert await outcome(far, Operation.FAILOVER) == OK
         await until_stage(far, Stage.DONE)
-        assert same(on_disk(far), view)
+        assert same(await on_disk(far), view)
 
 
 @pytest.mark.parametrize("change", ["write", "write_zeroes", "discard"])
@@ -428,9 +428,9 @@ async def test_every_forwarded_change_saves_what_it_overwrites(tmp_path: Path, c
             await getattr(far.exported, change)(offset, length)
         await far.exported.flush()
         assert same(await content(far), before)
-        assert on_disk(far) != before
+        assert await on_disk(far) != before
         await checkpoint(far)
-        assert same(await content(far), on_disk(far))
+        assert same(await content(far), await on_disk(far))
 
 
 async def test_a_pre_image_that_cannot_be_saved_fails_the_forwarded_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -445,7 +445,7 @@ async def test_a_pre_image_that_cannot_be_saved_fails_the_forwarded_write(tmp_pa
         far.exported.hidden.populate_at_once = far.exported.hidden.populate = full  # type: ignore[assignment, method-assign]
         await raises(errno.ENOSPC, far.exported.write(100, b"n" * 100))
         await raises(errno.ENOSPC, far.exported.write_zeroes(100, 100))
-        assert same(on_disk(far), before)
+        assert same(await on_disk(far), before)
         assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
             "a forwarded write failed, so this side's disk is not what the primary's is: [Errno 28] No space left on device"
         ]
@@ -494,7 +494,7 @@ async def test_a_clean_unmount_and_mount_resumes_the_very_view(tmp_path: Path) -
         assert (far.state.stage, far.state.generation) == (Stage.RUNNING, generation)
         assert same(await content(far), view)
         await checkpoint(far)
-        assert same(await content(far), on_disk(far))
+        assert same(await content(far), await on_disk(far))
 
 
 async def test_an_interrupted_failover_goes_on_at_the_next_mount(tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ async def test_an_interrupted_failover_goes_on_at_the_next_mount(tmp_path: Path)
         view = await content(far)
     async with secondary(tmp_path) as far:
         await until_stage(far, Stage.DONE)
-        assert same(on_disk(far), view)
+        assert same(await on_disk(far), view)
 
 
 async def test_an_unfinished_failover_is_not_forgotten_by_no_start(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ async def test_a_failed_checkpoint_leaves_the_old_one_and_can_be_tried_again(tmp
         assert same(await content(far), view)
         new.rmdir()
         assert await outcome(far, Operation.CHECKPOINT) == OK
-        assert same(await content(far), on_disk(far))
+        assert same(await content(far), await on_disk(far))
 
 
 async def test_a_start_can_fail_and_be_repeated(tmp_path: Path) -> None:
@@ -568,7 +568,7 @@ async def test_checkpoints_leave_one_pair_and_a_spare(tmp_path: Path) -> None:
             await far.exported.write(i * 100, bytes([i + 1]) * 100)
             await far.view.write(i * 100, b"x" * 50)
             await checkpoint(far)
-            assert same(await content(far), on_disk(far))
+            assert same(await content(far), await on_disk(far))
         with trio.fail_after(60):
             while len(os.listdir(tmp_path / "secondary.raw.replfs")) != 11:
                 await trio.lowlevel.checkpoint()
@@ -585,8 +585,8 @@ async def test_the_old_primary_is_fenced(tmp_path: Path) -> None:
         with trio.fail_after(60):
             await near.view.write(0, b"after!")
         assert near.error == "I/O error occurred"
-        assert on_disk(near)[:6] == b"after!"
-        assert on_disk(far)[:6] == bytes(6)
+        assert (await on_disk(near))[:6] == b"after!"
+        assert (await on_disk(far))[:6] == bytes(6)
         assert await outcome(near, Operation.STOP) == OK
         assert near.error == OK
 
@@ -605,7 +605,7 @@ async def test_a_forward_that_fails_is_an_error_until_it_was_sent_again(tmp_path
         await until_connected(near)
         assert near.error == OK
         assert near.status()["link"]["out-of-sync"] == 0
-        assert same(on_disk(near), on_disk(far))
+        assert same(await on_disk(near), await on_disk(far))
 
 
 async def test_the_primary_disks_own_error_reaches_the_caller_and_what_it_has_left_is_sent(tmp_path: Path) -> None:
@@ -618,7 +618,7 @@ async def test_the_primary_disks_own_error_reaches_the_caller_and_what_it_has_le
         faulty.error = 0
         (tmp_path / "primary.raw").write_bytes(b"half of it" + bytes(IMAGE - 10))
         with trio.fail_after(60):
-            while on_disk(far)[:10] != b"half of it":
+            while (await on_disk(far))[:10] != b"half of it":
                 await trio.lowlevel.checkpoint()
         await until_connected(near)
         assert near.error == OK
@@ -633,10 +633,10 @@ async def test_what_a_primary_writes_reaches_the_secondary_in_the_same_order(tmp
                 nursery.start_soon(near.view.write, offset, bytes([i]) * (1 + i * 37 % 4000))
                 if i % 3 == 0:
                     nursery.start_soon(near.view.write_zeroes, offset // 2, 3000)
-        assert same(on_disk(near), on_disk(far))
+        assert same(await on_disk(near), await on_disk(far))
         await near.view.discard(100, 10000)
         await near.view.flush()
-        assert same(on_disk(near), on_disk(far))
+        assert same(await on_disk(near), await on_disk(far))
 
 
 async def test_a_secondary_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> None:
@@ -656,7 +656,7 @@ async def test_disks_of_any_size(tmp_path: Path, size: int) -> None:
         assert (await content(far))[-1:] == (before[-1:] if size > 1 else b"o")
         assert await outcome(far, Operation.FAILOVER) == OK
         await until_stage(far, Stage.DONE)
-        assert same(on_disk(far), b"o" + before[1:])
+        assert same(await on_disk(far), b"o" + before[1:])
 
 
 async def test_a_write_of_nothing_changes_nothing(tmp_path: Path) -> None:
@@ -706,4 +706,4 @@ async def test_a_primary_does_nothing_at_once_where_somebody_else_is_at_work(tmp
         assert near.view.write_at_once(0, changing)
         changing[:] = b"2" * 4096  # it is the caller's again
         await near.link.drain()
-        assert on_disk(far)[:4096] == b"1" * 4096
+        assert (await on_disk(far))[:4096] == b"1" * 4096

@@ -1,7 +1,8 @@
 """Volumes without a mount, for tests of what replication does: the nodes are called as the exports would call them."""
 
+import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,25 @@ async def primary(folder: Path, target: Target, content: bytes | None = None, **
         yield volume
 
 
+_killed: list[SecondaryVolume | PrimaryVolume] = []
+
+
+async def _die(volume: SecondaryVolume | PrimaryVolume) -> None:
+    """Its files are closed by nobody but the kernel."""
+    if isinstance(volume, SecondaryVolume):
+        await volume.server.close()
+    places = (str(volume.config.disk), str(volume.config.state_dir))
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{entry}").startswith(places):
+                os.close(int(entry))
+
+
+def kill(volume: SecondaryVolume | PrimaryVolume) -> None:
+    """Have its end be that of a killed process: nothing is put anywhere any more."""
+    _killed.append(volume)
+
+
 @asynccontextmanager
 async def _running(volume: SecondaryVolume | PrimaryVolume) -> AsyncIterator[None]:
     refused = None
@@ -64,8 +84,13 @@ async def _running(volume: SecondaryVolume | PrimaryVolume) -> AsyncIterator[Non
             refused = error
         else:
             yield
-            await volume.settle()
+            if volume not in _killed:
+                await volume.settle()
         nursery.cancel_scope.cancel()
+    if volume in _killed:
+        _killed.remove(volume)
+        await _die(volume)
+        return
     if refused is not None:
         await volume.abandon()
         raise refused
@@ -77,7 +102,10 @@ async def content(volume: SecondaryVolume | PrimaryVolume) -> bytes:
     return bytes(await volume.view.read(0, volume.view.size))
 
 
-def on_disk(volume: SecondaryVolume | PrimaryVolume) -> bytes:
+async def on_disk(volume: SecondaryVolume | PrimaryVolume) -> bytes:
+    """What the disk holds, with all that was acknowledged."""
+    if isinstance(volume, SecondaryVolume):
+        await volume.exported.drain()
     return Path(volume.disk.file.path).read_bytes()
 
 

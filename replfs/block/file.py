@@ -312,6 +312,11 @@ class File:
         self._suspect |= unsynced | self._unsynced  # what was written meanwhile may be what has failed
         return self._failed("sync", error)
 
+    @property
+    def suspect(self) -> bool:
+        """Whether :meth:`check_suspect` raises."""
+        return bool(self._suspect)
+
     def check_suspect(self) -> None:
         """Raises OSError (EIO) if an earlier sync has failed for what was not written since."""
         if self._suspect:

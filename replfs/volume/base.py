@@ -168,8 +168,11 @@ class Volume(ABC):
     async def _run_tasks(self) -> None:
         with self._own_tasks:
             async with trio.open_nursery() as nursery:
-                for task in (self.commit_regularly, self.remember_failed_syncs, self._save_tracking):
+                for task in self._tasks():
                     nursery.start_soon(task)
+
+    def _tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        return [self.commit_regularly, self.remember_failed_syncs, self._save_tracking]
 
     async def _save_tracking(self) -> None:
         while True:
@@ -193,8 +196,9 @@ class Volume(ABC):
             self._commit_wanted = trio.Event()
             for image in self.images():
                 assert image.changes is not None
-                with suppress(OSError):  # which has been counted, and is told to who asks for stable storage
-                    await image.changes.commit()
+                if image.changes.due:
+                    with suppress(OSError):  # which has been counted, and is told to who asks for stable storage
+                        await image.changes.commit()
 
     def _disk_files(self) -> list[File]:
         return [self.disk.file, *([self.disk.data] if isinstance(self.disk, Image) else [])]

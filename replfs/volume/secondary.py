@@ -8,6 +8,7 @@ changed right after it. What the state file does not name is a leftover, wheneve
 import dataclasses
 import errno
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ class SecondaryVolume(Volume):
         await self.begin_tracking()
         if not self.config.start and stage is not Stage.NONE:
             if stage is Stage.RUNNING:
+                await self._finish_staged()
                 logger.warning("--no-start: the overlays are dropped; the disk keeps what it holds")
             await self.save(stage=Stage.NONE, error=False)
         in_use = self.state.stage not in (Stage.NONE, Stage.DONE)
@@ -119,6 +121,19 @@ class SecondaryVolume(Volume):
         self.start_tasks(nursery)
         if self.address is not None:
             self._begin_serving()
+
+    async def _finish_staged(self) -> None:
+        """Have the disk hold all that was acknowledged, before the overlays go: what a killed process has left in a journal."""
+        try:
+            layers = await self._open_pair(self.state.generation)
+            await layers.active.close()
+            await layers.hidden.close()
+        except (OSError, ReplfsError) as error:
+            logger.warning("what was forwarded last, before replfs was killed, may be missing on the disk: %s", error)
+
+    def _tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        staging = self.exported.staging
+        return super()._tasks() + ([staging.run] if staging is not None else [])
 
     def _begin_serving(self) -> None:
         self._serving, self._served = trio.CancelScope(), trio.Event()
@@ -163,8 +178,10 @@ class SecondaryVolume(Volume):
             await layers.active.close()
             await layers.hidden.close()
         if self.view.layers is not None:
-            layers, self.view.layers, self.exported.hidden = self.view.layers, None, None
+            layers = self.view.layers
             try:
+                await self.exported.drain()
+                self.view.layers, self.exported.hidden = None, None
                 await layers.active.flush()
                 await layers.hidden.flush()
             finally:
@@ -194,9 +211,11 @@ class SecondaryVolume(Volume):
             path, journal = self.directory.overlay(layer, generation), self.directory.journal(layer, generation)
             made = (self.storage, str(path), self.view.size, backing_file, backing_format)
             kept = str(journal) if self.durable else None
-            if not is_blank_overlay(*made, journal=kept):
+            if not is_blank_overlay(*made, journal=kept, append_only=layer == "hidden"):
                 self.directory.remove(path, journal)
-                create_overlay(*made, journal=kept)
+                if self.durable and layer == "hidden":
+                    self.directory.take_spare(journal)
+                create_overlay(*made, journal=kept, append_only=layer == "hidden")
         self.directory.sync()
 
     async def _open_pair(self, generation: int) -> Layers:
@@ -277,9 +296,17 @@ class SecondaryVolume(Volume):
         """Close two overlays, and delete their files, which may take long. Raises OSError."""
         for image in (layers.active, layers.hidden):
             await image.close()
-        for image in (layers.active, layers.hidden):
-            overlay = Path(image.file.path)
-            await trio.to_thread.run_sync(self.directory.remove, overlay, overlay.with_suffix(".journal"))
+        await trio.to_thread.run_sync(self._remove_files, layers)
+
+    def _remove_files(self, layers: Layers) -> None:
+        active, hidden = Path(layers.active.file.path), Path(layers.hidden.file.path)
+        self.directory.remove(active, active.with_suffix(".journal"), hidden)
+        journal = hidden.with_suffix(".journal")
+        if self.durable and self.state.stage is Stage.RUNNING and journal.exists():
+            self.directory.set_aside(journal)
+        else:
+            self.directory.remove(journal)
+            self.directory.remove_spare()
 
     # Control
 
@@ -338,11 +365,12 @@ class SecondaryVolume(Volume):
         """In one step with other ``changes`` of the state."""
         await self.drop_cache()  # pages that a mapping has changed belong to what is dropped now
         if self.durable:
-            await self.disk.flush()  # most of it, while requests still pass
+            await self.exported.flush()  # most of it, while requests still pass
         if self._spare is None:
             self._spare = await self._make_pair(self.state.generation + 1)
         old = self.view.layers
         async with self.gate.shut():
+            await self.exported.drain()
             flushed = await self.flush_disk(durably=self.durable)
             problem = await self.save(durably=self.durable, generation=self.state.generation + 1, **flushed, **changes)
             self._use(self._spare)
@@ -375,6 +403,8 @@ class SecondaryVolume(Volume):
             self.view.committed = 0
             self.view.stage = Stage.FAILOVER
             self.exported.fenced = True
+            if self.exported.staging is not None:
+                self.exported.staging.forget()  # the commit puts there what was there before
         await self._fence()
         self._in_background(self._settle_soon)
         self._in_background(self._commit)
@@ -448,6 +478,7 @@ class SecondaryVolume(Volume):
         async with self.gate.shut():
             if self.view.commit_error is not None:
                 raise self.view.commit_error
+            await self.exported.drain()
             await self.disk.flush()
             ids = self.state.ids.alone() if self.state.stage is Stage.RUNNING else self.state.ids
             problem = await self.save(stage=Stage.DONE, error=False, ids=ids)

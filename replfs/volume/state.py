@@ -24,7 +24,7 @@ from replfs.errors import InUse, ReplfsError, printable
 _VERSION: Final = 1
 _FILE: Final = "state.json"
 _NEW: Final = "state.json.new"
-_OVERLAY: Final = re.compile(r"(active|hidden)\.\d+\.(qcow2|journal)")
+_OVERLAY: Final = re.compile(r"(active|hidden)\.(\d+|spare)\.(qcow2|journal)")
 _LIMIT: Final = 1 << 20
 _BLOCK: Final = 4096
 
@@ -205,6 +205,23 @@ class StateDirectory:
     def journal(self, layer: str, generation: int) -> Path:
         """The path of an overlay's journal."""
         return self.path / f"{layer}.{generation}.journal"
+
+    @property
+    def _spare_journal(self) -> Path:
+        return self.path / "hidden.spare.journal"
+
+    def set_aside(self, journal: Path) -> None:
+        """Keep the journal of a hidden disk that is gone: to make one takes longer than to empty one. Raises OSError."""
+        self._storage.replace(str(journal), str(self._spare_journal))
+
+    def take_spare(self, journal: Path) -> None:
+        """Have a journal that was set aside be where a new one is to be made, if there is one. Raises OSError."""
+        with suppress(FileNotFoundError):
+            self._storage.replace(str(self._spare_journal), str(journal))
+
+    def remove_spare(self) -> None:
+        """Raises OSError."""
+        self.remove(self._spare_journal)
 
     @property
     def tracking(self) -> Path:

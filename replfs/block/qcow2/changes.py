@@ -18,21 +18,25 @@ A record has hashes of its data, so a cluster that it speaks of is *watched* unt
 in place is announced to the journal first, and either version is a good one.
 
 ``append_only`` is for an image whose data is never written over: the hidden disk. Its records stand for its changes as soon as
-they are durable (:meth:`Changes.harden`), with one sync in place of a commit's two. The entries are written then, so that whoever
-reads the image finds them; the records are retired only when the entries are durable.
+they are durable (:meth:`Changes.harden`), and those of small changes have the data, too: one sync, of the journal alone, in place
+of a commit's two. The entries are written then, so that whoever reads the image finds them, and a commit has but to sync the image
+before it retires the records. Data that a record carries is written to the image before the record is, so a write that fails leaves
+no record. Such a record may also stage a write to the backing node (:mod:`replfs.block.staging`).
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import trio
 
 from replfs.block.file import File
 from replfs.block.node import Data
-from replfs.block.qcow2.journal import HALF, Change, Full, Journal, hashes
+from replfs.block.qcow2.journal import Change, Full, Journal, hashes
 from replfs.block.qcow2.l2 import L2Tables
 from replfs.block.qcow2.refcounts import Refcounts
 
+_CARRIED = 64 << 10
+"""Bytes of data at most that a record carries: a large write takes as long as its sync, and would be two."""
 _MANY_SLICES = 1024
 _TOO_MANY_SLICES = 4096
 
@@ -61,6 +65,9 @@ class Changes:
         self._bits = cluster_bits
         self.unit = unit
         self._hardened = 0  # the number of the last record that is durable, with all that it is about
+        self._outside = 0  # the number of the last record whose data it does not carry
+        self.marked = 0
+        """The number of a record: that what is staged up to there has been applied, stable storage knows."""
         self._hardening = False  # by one of those who wait for it, for all of them
         self._waiting = trio.lowlevel.ParkingLot()  # for the end of a hardening, however it ends
         self._closed = False
@@ -84,32 +91,57 @@ class Changes:
 
     def check_room(self) -> None:
         """Raises Full if nothing may be changed before a commit."""
-        if self.deferred:
-            waiting = self._tables.deferred_slices
-            if waiting >= _MANY_SLICES or (self.journal is not None and self.journal.filled >= HALF // 2):
-                self.wanted()
-                if waiting >= _TOO_MANY_SLICES:
-                    raise Full
+        if self.deferred and self._many:
+            self.wanted()
+            if self._tables.deferred_slices >= _TOO_MANY_SLICES:
+                raise Full
 
-    def data(self, start: int, stop: int, host: int, low: int, part: Data) -> None:
-        """``part`` is about to be written at ``low``, within bytes ``start .. stop`` of the disk, which become data.
+    @property
+    def _many(self) -> bool:
+        journal = self.journal
+        return (journal is not None and journal.filled >= journal.half // 2) or self._tables.deferred_slices >= _MANY_SLICES
 
-        They lie at ``host`` of the data file. Raises Full, OSError.
+    def write(self, start: int, stop: int, host: int, low: int, part: Data, staged: tuple[int, Data] | None = None) -> None:
+        """Write ``part`` at ``low``, within bytes ``start .. stop`` of the disk, which become data, and have it in the journal.
+
+        They lie at ``host`` of the data file. ``staged``: what is to be written to the backing node then, (offset, data), if the
+        record carries its data. After an error there may be a record, unless it would have had to. Raises Full, OSError.
         """
-        if self.journal is None:
+        at = host + low - start
+        journal = self.journal
+        if journal is None:
+            self._data.write(at, part)
             return
         if self._torn:
             self._tell_torn()
         unit = self.unit
         first, last = start & -unit, stop + -stop % unit
         host += first - start
-        if low != first or len(part) != last - first:
-            content = bytearray(self._data.read_now(host, last - first).ljust(last - first, b"\0"))
-            content[low - first : low - first + len(part)] = part
-            part = content
-        self.journal.append(Change.DATA, first, last, host, hashes(part, unit))
-        for cluster in range(host >> self._bits, (host + last - first - 1 >> self._bits) + 1):
-            self._watched[cluster] = self.journal.number
+        if self.carries(last - first):
+            self._data.write(at, part)
+            content = self._whole(first, last, host, low, part)
+            if staged is None:
+                journal.append(Change.SAVED, first, last, host, content=content)
+            else:
+                journal.append(Change.STAGED, first, last, host, content=content, offset=staged[0], data=staged[1])
+        else:
+            journal.append(Change.DATA, first, last, host, hashes=hashes(self._whole(first, last, host, low, part), unit))
+            self._outside = journal.number
+            for cluster in range(host >> self._bits, (host + last - first - 1 >> self._bits) + 1):
+                self._watched[cluster] = journal.number
+            self._data.write(at, part)
+
+    def carries(self, length: int) -> bool:
+        """Whether a record has its data with it, which has so many bytes."""
+        return self.append_only and length <= _CARRIED and self.journal is not None
+
+    def _whole(self, first: int, last: int, host: int, low: int, part: Data) -> Data:
+        """What bytes ``first .. last`` of the disk are, which lie at ``host``, when ``part`` has been written at ``low``."""
+        if low == first and len(part) == last - first:
+            return part
+        content = bytearray(self._data.read_now(host, last - first).ljust(last - first, b"\0"))
+        content[low - first : low - first + len(part)] = part
+        return content
 
     def torn(self, start: int, stop: int, host: int) -> None:
         """A write over bytes ``start .. stop`` of the disk, which were data at ``host``, has failed: what is there now is right.
@@ -129,7 +161,7 @@ class Changes:
             while self._torn:
                 first, last, host = self._torn[-1]
                 content = self._data.read_now(host, last - first).ljust(last - first, b"\0")
-                self.journal.append(Change.CONTENT, first, last, host, hashes(content, self.unit))
+                self.journal.append(Change.CONTENT, first, last, host, hashes=hashes(content, self.unit))
                 self._torn.pop()
 
     def zero(self, start: int, stop: int, keep: bool) -> None:
@@ -163,13 +195,23 @@ class Changes:
         return self.deferred and bool(unretired or self._tables.deferred_slices or self._freed or self._released)
 
     @property
+    def retired(self) -> int | None:
+        """The number of the last record that the journal may forget; None without a journal."""
+        return self.journal.retired if self.journal is not None else None
+
+    @property
+    def due(self) -> bool:
+        """Whether a commit is worth it, with nobody asking for one: what stands for itself may be dropped before it has to."""
+        return self.pending and (not self.append_only or self._many or self.has_room)
+
+    @property
     def has_room(self) -> bool:
         """Whether a commit would give room back."""
         return self.deferred and bool(self._freed or self._released)
 
     async def commit(self) -> None:
         """Put all changes, and the data that was written before, on stable storage. Raises OSError: what failed is done again."""
-        await self._commit(retire_last=self.append_only)
+        await (self._commit_hardened() if self.append_only else self._commit(retire_last=False))
 
     async def _commit(self, *, retire_last: bool) -> None:
         """``retire_last``: the records go on to stand for the changes until the tables are durable.
@@ -184,9 +226,7 @@ class Changes:
                 self._tell_torn()
             through = journal.number if journal is not None else 0
             torn_before = set(self._torn)
-            freed, self._freed = self._freed, []
-            released, self._released = self._released, []
-            try:
+            with self._taking_back() as (freed, released):
                 entries = self._tables.begin_commit()
                 await sync(self._file, self._data)
                 for offset, raw in entries:
@@ -198,20 +238,46 @@ class Changes:
                     journal.retire(through)
                     if freed or released:  # a record must not come back when its cluster is another's
                         await sync(journal.file)
-            except BaseException:
-                self._freed[:0], self._released[:0] = freed, released
-                raise
-            self._tables.end_commit()
-            self._hardened = through
-            self._torn = [torn for torn in self._torn if torn not in torn_before]
-            self._watched = {cluster: number for cluster, number in self._watched.items() if number > through}
-            while freed:
-                try:
-                    self._refcounts.free(*freed.pop())
-                except OSError:
-                    self._freed[:0], self._released[:0] = freed, released
-                    raise
-            await self._give_back(released)  # and not what was released meanwhile: the tables still lead to that
+                self._tables.end_commit()
+                self._hardened = through
+                self._torn = [torn for torn in self._torn if torn not in torn_before]
+                await self._committed(through, freed, released)
+
+    async def _commit_hardened(self) -> None:
+        """As :meth:`_commit`, of an image that is only appended to."""
+        if not self.pending:
+            return
+        await self.harden()
+        async with self._lock:
+            if not self.pending or self._closed:
+                return
+            assert self.journal is not None
+            through = self._hardened
+            with self._taking_back() as (freed, released):
+                await sync(self._file, self._data)
+                self.journal.retire(through)
+                if freed or released:
+                    await sync(self.journal.file)
+                await self._committed(through, freed, released)
+
+    @contextmanager
+    def _taking_back(self) -> Iterator[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+        """What a commit is to give back: what was freed, and what was released. If it fails, the next one is."""
+        freed, self._freed = self._freed, []
+        released, self._released = self._released, []
+        try:
+            yield freed, released
+        except BaseException:
+            self._freed[:0], self._released[:0] = freed, released
+            raise
+
+    async def _committed(self, through: int, freed: list[tuple[int, int]], released: list[tuple[int, int]]) -> None:
+        """The tables are durable, and what the records up to ``through`` say is in them. Raises OSError."""
+        self._watched = {cluster: number for cluster, number in self._watched.items() if number > through}
+        while freed:
+            self._refcounts.free(*freed.pop())
+        giving, released[:] = list(released), []
+        await self._give_back(giving)  # and not what was released meanwhile: the tables still lead to that
 
     async def begin(self) -> None:
         """What the journal had is applied: commit it, and have all of its records retired. Raises OSError.
@@ -219,7 +285,7 @@ class Changes:
         What has outlived one power cut must outlive the next: it is what the machine finds.
         """
         assert self.journal is not None
-        await self._commit(retire_last=True)
+        await (self._commit_hardened() if self.append_only else self._commit(retire_last=True))
         await self.journal.file.sync()
 
     async def close(self) -> None:
@@ -267,14 +333,35 @@ class Changes:
                 self._waiting.unpark_all()
 
     async def _harden(self, journal: Journal) -> None:
-        async with self._lock:
-            through = journal.number
-            entries = self._tables.begin_commit()
-            await sync(self._file, self._data, journal.file)
-            for offset, raw in entries:
-                self._file.write(offset, raw)
-            self._tables.end_commit()
-            self._hardened = through
+        """One at a time."""
+        through, applied = journal.number, journal.applied
+        entries = self._tables.begin_commit()
+        by_journal = not journal.file.suspect  # else the tables have to do it by themselves
+        files = []
+        if self._outside > self._hardened or self._tables.commits_tables or not by_journal:
+            files = [self._file, self._data]  # a table is counted before anything leads to it
+        await sync(*files, *([journal.file] if by_journal else []))
+        for offset, raw in entries:
+            self._file.write(offset, raw)
+        if by_journal:
+            self.marked = max(self.marked, applied)
+        else:
+            await sync(self._file)
+        self._tables.end_commit()
+        self._hardened = through
+
+    def apply(self, number: int) -> None:
+        """What was staged up to this record of the journal has been written to the backing node. Raises OSError."""
+        assert self.journal is not None
+        self.journal.apply(number)
+
+    async def mark(self) -> None:
+        """Have :attr:`marked` be what has been applied so far. Raises OSError."""
+        assert self.journal is not None
+        applied = self.journal.applied
+        if self.marked < applied:
+            await self.journal.file.sync()
+            self.marked = max(self.marked, applied)
 
     async def flush(self) -> None:
         """Put everything on stable storage, in the tables. Raises OSError."""

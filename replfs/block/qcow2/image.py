@@ -28,7 +28,7 @@ from replfs.block.qcow2.compression import decompress, descriptor
 from replfs.block.qcow2.entries import COMPRESSED, COPIED, NOT_HELD, PLACE, Entries, Kind, Range, extend
 from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL, AUTOCLEAR_RAW_DATA, CORRUPT, DIRTY, HOST_OFFSET, JOURNAL_NAME, Header
 from replfs.block.qcow2.integrity import Integrity
-from replfs.block.qcow2.journal import Full, Journal
+from replfs.block.qcow2.journal import Full, Journal, Record
 from replfs.block.qcow2.l2 import L2Tables
 from replfs.block.qcow2.refcounts import Refcounts
 from replfs.block.qcow2.repair import rebuild_refcounts
@@ -43,6 +43,8 @@ _RUN: Final = 8 << 20  # bytes, or a cluster more, that are stored in one step: 
 _HASHED: Final = 4096  # bytes at most that one hash in the journal stands for: what a kill leaves whole
 _STEPS: Final = 256  # that one call of extents takes at most: it may tell of less than it was asked for
 _EMPTY_SPANS: Final = 4096
+_ATTEMPTS: Final = 100  # to find room in a journal that could not be emptied
+_PAUSE: Final = 0.01  # seconds between them
 _decompressions: Final = trio.CapacityLimiter(4)  # at once: each may take two clusters of memory
 
 
@@ -342,13 +344,22 @@ class Image(Node):
         """Carry a change out that may find the journal full: then what it has done so far is committed, and it is repeated."""
         assert self.changes is not None
         has_room = self.changes.has_room
+        attempts = 0
         while True:
             try:
                 self.changes.check_room()
                 await change()
                 break
             except Full:
+                retired = self.changes.retired
                 await self.changes.commit()
+                if self.changes.retired == retired is not None:  # what is staged is to be applied first
+                    attempts += 1
+                    if attempts == _ATTEMPTS:
+                        raise OSError(
+                            errno.EIO, f"{self.file.path}: what its journal is full of cannot be put on the disk"
+                        ) from None
+                    await trio.sleep(_PAUSE)
             except OSError as error:
                 if error.errno != errno.ENOSPC or not has_room:
                     raise
@@ -461,10 +472,11 @@ class Image(Node):
         self.data.write(host + (offset & self._cluster - 1), data)
         return True
 
-    def _add(self, offset: int, stop: int, data: Data) -> bool:
+    def _add(self, offset: int, stop: int, data: Data, staged: tuple[int, Data] | None = None) -> bool:
         """Store whole subclusters of one cluster that are not held yet: the commonest change of an overlay, in few steps.
 
-        False if it is anything else, or has to be committed first; then nothing has changed. Raises OSError, as :meth:`_store`.
+        ``staged``: as for :meth:`Changes.write`. False if it is anything else, or has to be committed first; then nothing has
+        changed. Raises OSError, as :meth:`_store`.
         """
         bits, mask = self._cluster_bits, self._cluster - 1
         cluster = offset >> bits
@@ -508,8 +520,7 @@ class Image(Node):
         try:
             if changes.journal is not None:
                 changes.check_room()
-                changes.data(offset, stop, host + (offset & mask), offset, data)
-            self.data.write(host + (offset & mask), data)
+            changes.write(offset, stop, host + (offset & mask), offset, data, staged)
         except (OSError, Full) as error:
             if new:
                 changes.free(host >> bits, 1)
@@ -524,6 +535,16 @@ class Image(Node):
         if not _is_zero(data) and self._add(offset, offset + len(data), data):
             return True
         return self._at_once(lambda: self._save(offset, data))
+
+    def stage(self, start: int, old: Data, offset: int, data: Data) -> bool:
+        """As :meth:`populate_at_once`, of a few subclusters; and the journal has what is to be written to the backing node then.
+
+        The caller sees to that (:mod:`replfs.block.staging`); if he does not live to, who opens the image next does. False if it
+        has not been done. Raises OSError.
+        """
+        changes = self.changes
+        assert changes is not None
+        return changes.carries(len(old)) and self._add(start, start + len(old), old, (offset, data))
 
     async def populate(self, offset: int, data: Data) -> None:
         """Save what the backing node has, in whole subclusters that are missing here (the last one may end with the disk).
@@ -584,8 +605,9 @@ class Image(Node):
             new = self._entries.held(old, cluster, host, position, until)
             try:
                 if new != old or any(self.changes.watches((host >> bits) + i) for i in range(count)):
-                    self.changes.data(position, until, host + position - (cluster << bits), low, part)
-                self.data.write(host + low - (cluster << bits), part)
+                    self.changes.write(position, until, host + position - (cluster << bits), low, part)
+                else:
+                    self.data.write(host + low - (cluster << bits), part)
             except (OSError, Full):
                 if in_place:
                     for held in self._held(old, cluster, position, until):
@@ -671,7 +693,7 @@ class Image(Node):
         self.changes.append_only = append_only
         if journal is not None:
             self.changes.journal = journal  # first of all: the image goes on saying that it has one
-            records = journal.records()
+            records = await trio.to_thread.run_sync(journal.records)
             if journal.used:
                 self._begin_change()
                 assert self._refcounts is not None
@@ -685,6 +707,20 @@ class Image(Node):
                 count = replay.run(records)
                 logger.info("%s: %d of %d changes were taken from the journal", printable(self.file.path), count, len(records))
                 await self.changes.begin()
+                if any(record.data for record in records):
+                    await self._apply(records)
+
+    async def _apply(self, records: list[Record]) -> None:
+        """Write what is staged, now that what it overwrites is on stable storage. Raises OSError."""
+        assert self.backing is not None
+        assert self.changes is not None
+        assert self.changes.journal is not None
+        for record in records:
+            if record.data:
+                await self.backing.write(record.offset, record.data)
+        await self.backing.flush()  # what is found after one power cut is there after the next
+        self.changes.apply(self.changes.journal.number)
+        await self.changes.begin()
 
     async def end_journal(self) -> None:
         """Everything is in the tables, on stable storage, and changes are immediate from now on. Raises OSError."""

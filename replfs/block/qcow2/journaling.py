@@ -7,7 +7,7 @@ import secrets
 
 from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL
 from replfs.block.qcow2.image import Image
-from replfs.block.qcow2.journal import Journal
+from replfs.block.qcow2.journal import Journal, half_for
 from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
 
@@ -35,7 +35,7 @@ async def use_journal(
         elif _has_records(storage, path):
             logger.warning("%s was written to by another program since replfs was killed: it is taken as it is", whose)
         name = AUTOCLEAR_JOURNAL if required else AUTOCLEAR_JOURNAL | secrets.randbits(31) << 32
-        journal = Journal.create(storage, path, name)
+        journal = Journal.create(storage, path, name, half_for(image.size, append_only=append_only))
         storage.sync_directory(os.path.dirname(path))
     if keep or journal is not None:
         await image.defer(journal, append_only=append_only)

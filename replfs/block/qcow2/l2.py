@@ -135,6 +135,11 @@ class L2Tables:
             ),
         ]
 
+    @property
+    def commits_tables(self) -> bool:
+        """Whether what :meth:`begin_commit` gave back leads to new tables."""
+        return bool(self._committing.l1)
+
     def end_commit(self) -> None:
         """What the last :meth:`begin_commit` gave back is in the file."""
         self._committing = _Deferred()

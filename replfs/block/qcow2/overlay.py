@@ -12,7 +12,7 @@ from typing import Final
 from replfs.block.cache import Cache
 from replfs.block.qcow2.header import AUTOCLEAR_JOURNAL, BACKING_NAME_LIMIT, EXTENDED_L2, L1_LIMIT, LARGEST_CLUSTER, SECTOR, Header
 from replfs.block.qcow2.image import Image
-from replfs.block.qcow2.journal import Journal
+from replfs.block.qcow2.journal import Journal, half_for
 from replfs.block.raw import Raw
 from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
@@ -28,13 +28,20 @@ _PER_BLOCK: Final = CLUSTER // 2
 
 
 def create_overlay(
-    storage: Storage, path: str, size: int, backing_file: str, backing_format: str, *, journal: str | None = None
+    storage: Storage,
+    path: str,
+    size: int,
+    backing_file: str,
+    backing_format: str,
+    *,
+    journal: str | None = None,
+    append_only: bool = False,
 ) -> None:
     """Make ``path`` an empty overlay for a disk of ``size`` bytes, on stable storage; its directory is not synced.
 
     qcow2 counts whole sectors, so a size that is not a multiple of 512 is rounded up. ``backing_file`` goes into the header as it
-    is. ``journal``: the path of a journal that is made for it. Raises OSError, also if there is such a file, and ReplfsError for a
-    name that is too long; then no file is left behind.
+    is. ``journal``: the path of a journal that is made for it, and fits what it is to do. Raises OSError, also if there is such a
+    file, and ReplfsError for a name that is too long; then no file is left behind.
     """
     length, content = _blank(path, size, backing_file, backing_format, journal is not None)
     file = storage.create(path)
@@ -44,7 +51,7 @@ def create_overlay(
             file.write(offset, data)
         file.sync_now()
         if journal is not None:
-            Journal.create(storage, journal, AUTOCLEAR_JOURNAL).file.close()
+            Journal.create(storage, journal, AUTOCLEAR_JOURNAL, half_for(size, append_only=append_only)).file.close()
     except BaseException:
         storage.unlink(path)
         raise
@@ -53,7 +60,14 @@ def create_overlay(
 
 
 def is_blank_overlay(
-    storage: Storage, path: str, size: int, backing_file: str, backing_format: str, *, journal: str | None = None
+    storage: Storage,
+    path: str,
+    size: int,
+    backing_file: str,
+    backing_format: str,
+    *,
+    journal: str | None = None,
+    append_only: bool = False,
 ) -> bool:
     """Whether ``path`` is what :meth:`create_overlay` makes, byte for byte; it is on stable storage then."""
     length, content = _blank(path, size, backing_file, backing_format, journal is not None)
@@ -68,7 +82,8 @@ def is_blank_overlay(
             file.sync_now()
         finally:
             file.close()
-        return journal is None or Journal.is_blank(storage, journal, AUTOCLEAR_JOURNAL)
+        half = half_for(size, append_only=append_only)
+        return journal is None or Journal.is_blank(storage, journal, AUTOCLEAR_JOURNAL, half)
     except (OSError, ReplfsError):
         return False
 

@@ -1,4 +1,4 @@
-"""Replaying a journal: the changes that its records speak of are made in the tables again, if the data is there.
+"""Replaying a journal: the changes that its records speak of are made in the tables again, if the data is there or with them.
 
 What is replayed may be in the tables already, in whole or in part: a commit or an earlier replay may have been cut short. So doing
 it again changes nothing, and what is not used any more is found at the end, not step by step.
@@ -14,6 +14,8 @@ from replfs.block.qcow2.entries import PLACE, Entries
 from replfs.block.qcow2.journal import Change, Record, hashes
 from replfs.block.qcow2.l2 import L2Tables
 from replfs.block.qcow2.refcounts import Refcounts
+
+_DATA: Final = (Change.DATA, Change.SAVED, Change.STAGED)
 
 
 class Replay:
@@ -74,7 +76,7 @@ class Replay:
         """Whether the data of a record is there: each unit as the record has it, or as another, which was written over it."""
         if record.change is Change.CONTENT:
             return False
-        if record.change is not Change.DATA:
+        if record.change is not Change.DATA:  # what a record says of tables and zeroes, and the data that it has with it
             return True
         unit, length = self._changes.unit, record.second - record.first
         content = self._data.read_now(record.third, length).ljust(length, b"\0")
@@ -86,7 +88,7 @@ class Replay:
     def _claim(self, record: Record) -> None:
         if record.change is Change.TABLE:
             self._refcounts.claim(record.second >> self._bits, 1)
-        elif record.change is Change.DATA:
+        elif record.change in _DATA:
             end = record.third + record.second - record.first
             if self._counted:
                 first, last = record.third >> self._bits, end - 1 >> self._bits
@@ -94,13 +96,15 @@ class Replay:
                 self._claimed.add_range(first, last + 1)
                 if self._data.length() < end and not self._data.fixed:  # it ends with zeroes that never reached the disk
                     self._data.truncate(end)
+            if record.content:
+                self._data.write(record.third, record.content)
 
     def _change(self, record: Record) -> None:
         """Change the entries that a record is about, which are in one slice of the tables; data where it is whole subclusters."""
         start, stop = record.first, record.second
         for cluster in range(start >> self._bits, (stop - 1 >> self._bits) + 1):
             self._before.setdefault(cluster, self._entry(cluster))
-        if record.change is Change.DATA:
+        if record.change in _DATA:
             start += -start % self._entries.subcluster
             stop = stop if stop >= self._size else stop & -self._entries.subcluster
         if start >= stop:
@@ -109,7 +113,7 @@ class Replay:
         index = cluster >> self._tables.slice_bits
         at = (cluster & (1 << self._tables.slice_bits) - 1) * self._words
         old = self._tables.slice_for_writing(index)[at : at + (last - cluster + 1) * self._words]
-        if record.change is Change.DATA:
+        if record.change in _DATA:
             host = record.third + start - record.first - (start & (1 << self._bits) - 1)
             new = self._entries.held(old, cluster, host, start, stop)
         else:
