@@ -175,6 +175,10 @@ class File:
         """
         async with self._changing_aside([(piece.offset, piece.length) for piece in pieces]):
             await trio.to_thread.run_sync(self._copy, pieces)
+        self.begin_writing_back()
+
+    def begin_writing_back(self) -> None:
+        """Have what was written on its way to stable storage, so that a sync has less to do. Does not wait."""
         if not self._writing_back:
             self._writing_back = True
             trio.lowlevel.start_thread_soon(self._begin_writing_back, self._has_begun_writing_back)

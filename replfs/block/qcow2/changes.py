@@ -130,6 +130,8 @@ class Changes:
             for cluster in range(host >> self._bits, (host + last - first - 1 >> self._bits) + 1):
                 self._watched[cluster] = journal.number
             self._data.write(at, part)
+            if self.append_only:  # whose sync is waited for next
+                self._data.begin_writing_back()
 
     def carries(self, length: int) -> bool:
         """Whether a record has its data with it, which has so many bytes."""
