@@ -50,7 +50,7 @@ _AGREED: Final = struct.Struct("=IiQIIIIHHIIH")
 granularity of times, most pages of a request."""
 _INVALIDATE: Final = struct.Struct("=IiQQqq")  # the same, and node, offset, length
 
-_SPLICED: Final = 128 << 10  # bytes of a read that are worth it
+_SPLICED: Final = 64 << 10  # bytes of a read that are worth it
 _WORKERS: Final = 32
 _TURNS: Final = 32  # requests that are answered before other tasks get a turn, should none of them have to wait
 _CONTROL_BYTES: Final = 1 << 20
