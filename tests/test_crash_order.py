@@ -15,6 +15,8 @@ from disks import qemu_img, raw, same
 from volumes import checkpoint, secondary
 
 from replfs.block.cache import Cache
+from replfs.block.file import File
+from replfs.block.qcow2 import changes
 from replfs.block.qcow2.image import Image
 from replfs.block.qcow2.journaling import use_journal
 from replfs.block.qcow2.overlay import CLUSTER, SUBCLUSTER, create_overlay, open_overlay
@@ -181,6 +183,37 @@ async def test_a_record_does_not_come_back_when_its_cluster_is_another_s(tmp_pat
     await image.flush()
     assert synced
     assert synced[-1] == (folder / "journal").read_bytes()[:512].hex() != durable.hex(), "retired for good, before it is free"
+    dies(image)
+
+
+async def test_after_a_kill_data_is_durable_before_anything_leads_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large pre-image, whose record has but its hashes, was saved, and never put on stable storage."""
+    folder = tmp_path / "a"
+    image = await overlay(folder, append_only=True)
+    await image.populate(20 * CLUSTER, b"o" * SUBCLUSTER)
+    await image.flush()
+    await image.populate(0, b"a" * (2 * CLUSTER))
+    dies(image)
+    synced: list[tuple[str, ...]] = []
+    written: list[tuple[int, int]] = []
+    plain_sync, plain_write = changes.sync, File.write
+
+    async def sync(*files: File) -> None:
+        await plain_sync(*files)
+        synced.append(tuple(Path(file.path).name for file in files))
+
+    def write(self: File, offset: int, data: Any) -> None:
+        if self.path.endswith("over") and len(data) == 4096:  # a slice of a table
+            written.append((len(synced), offset))
+        plain_write(self, offset, data)
+
+    monkeypatch.setattr(changes, "sync", sync)
+    monkeypatch.setattr(File, "write", write)
+    image = await overlay(folder, append_only=True)
+    assert written
+    before = [name for names in synced[: written[0][0]] for name in names]
+    assert "over" in before, "the image was synced"
+    assert await image.read(0, 2 * CLUSTER) == b"a" * (2 * CLUSTER)
     dies(image)
 
 

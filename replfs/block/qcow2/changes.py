@@ -287,6 +287,7 @@ class Changes:
         What has outlived one power cut must outlive the next: it is what the machine finds.
         """
         assert self.journal is not None
+        self._outside = self.journal.number  # after a kill, data that a record has the hash of need not be durable
         await (self._commit_hardened() if self.append_only else self._commit(retire_last=True))
         await self.journal.file.sync()
 
