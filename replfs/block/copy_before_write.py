@@ -69,7 +69,7 @@ class CopyBeforeWrite(Node):
         if self.unsettled is not None:
             await self.unsettled()
         if self.staging is not None:
-            if self.staging.failed:  # the journal would fill, and nothing could give it room
+            if self.staging.failed:  # so that whoever writes knows as soon as whoever flushes
                 await self.staging.drain()
             await self.staging.clear(start, stop)
         if self.hidden is not None:

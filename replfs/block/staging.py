@@ -16,6 +16,7 @@ Guarding rules:
   again.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -78,7 +79,9 @@ class Staging:
         """
         assert hidden.changes is not None
         assert hidden.changes.journal is not None
-        self._hidden = hidden
+        if hidden is not self._hidden:
+            self._hidden = hidden
+            hidden.changes.drain = self.drain
         write = _Write(hidden.changes.journal.number, self._blocks(start, stop), offset, bytes(data))
         self._waiting.append(write)
         for block in write.blocks:
@@ -101,8 +104,7 @@ class Staging:
                 self._wanted = trio.Event()
                 await trio.sleep(_PAUSE if self.failed else _GATHERING)
                 try:
-                    while self._taken:
-                        await self._round()
+                    await self._until(lambda: not self._taken)
                 except OSError:  # which has been counted, and is told to whoever drains
                     self._wanted.set()
         finally:
@@ -110,36 +112,31 @@ class Staging:
 
     async def drain(self) -> None:
         """What has been staged so far is on the disk when this returns. Raises OSError: it cannot be put there."""
-        await self._apply(self._waiting[-1] if self._waiting else None)
+        staged = set(self._waiting)
+        await self._until(lambda: staged.isdisjoint(self._waiting))
 
     async def settle(self, start: int, stop: int) -> None:
         """The disk has all that was staged for ``start .. stop`` when this returns. Raises OSError, as :meth:`drain`."""
         if self.takes(start, stop):
-            found = [self._taken[block] for block in self._blocks(start, stop) if block in self._taken]
-            await self._apply(max(found, key=lambda write: write.number))
+            blocks = self._blocks(start, stop)
+            staged = {write for block, write in self._taken.items() if block in blocks}
+            await self._until(lambda: staged.isdisjoint(self._waiting))
 
     async def clear(self, start: int, stop: int) -> None:
         """Nothing of ``start .. stop`` is taken when this returns, until the next await. Raises OSError, as :meth:`drain`."""
-        while self.takes(start, stop):
-            async with self._lock:
-                if self.takes(start, stop):
-                    await self._locked_round()
+        await self._until(lambda: not self.takes(start, stop))
 
-    async def _apply(self, last: _Write | None) -> None:
-        while last in self._waiting:
+    async def _until(self, done: Callable[[], bool]) -> None:
+        """As many rounds as it takes; there is something staged, or taken, until it is done."""
+        while not done():
             async with self._lock:
-                if last in self._waiting:
-                    await self._locked_round()
+                if not done():
+                    await self._round()
 
     async def _round(self) -> None:
-        async with self._lock:
-            await self._locked_round()
-
-    async def _locked_round(self) -> None:
         """Put what waits on the disk; or else have stable storage know of what is there. Raises OSError."""
         hidden, batch = self._hidden, list(self._waiting)
-        if hidden is None:
-            return
+        assert hidden is not None
         changes = hidden.changes
         assert changes is not None
         try:

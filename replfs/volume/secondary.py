@@ -180,11 +180,10 @@ class SecondaryVolume(Volume):
         if self.view.layers is not None:
             layers = self.view.layers
             try:
-                await self.exported.drain()
-                self.view.layers, self.exported.hidden = None, None
                 await layers.active.flush()
-                await layers.hidden.flush()
+                await layers.hidden.flush()  # with what is staged on the disk
             finally:
+                self.view.layers, self.exported.hidden = None, None
                 await layers.active.close()
                 await layers.hidden.close()
 

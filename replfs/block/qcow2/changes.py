@@ -24,7 +24,7 @@ before it retires the records. Data that a record carries is written to the imag
 no record. Such a record may also stage a write to the backing node (:mod:`replfs.block.staging`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import trio
@@ -45,6 +45,10 @@ def _nobody() -> None:
     """Where nobody commits in the background."""
 
 
+async def _nothing_staged() -> None:
+    """Where nobody stages anything."""
+
+
 class Changes:
     """Of one image that is open for writing."""
 
@@ -58,6 +62,8 @@ class Changes:
         self.journal: Journal | None = None
         self.wanted: Callable[[], None] = _nobody
         """Called when it is time for a commit."""
+        self.drain: Callable[[], Awaitable[None]] = _nothing_staged
+        """Have the backing node hold what is staged, before a commit retires its records. Raises OSError."""
         self._file = file
         self._data = data
         self._tables = tables
@@ -105,7 +111,7 @@ class Changes:
         """Write ``part`` at ``low``, within bytes ``start .. stop`` of the disk, which become data, and have it in the journal.
 
         They lie at ``host`` of the data file. ``staged``: what is to be written to the backing node then, (offset, data), if the
-        record carries its data. After an error there may be a record, unless it would have had to. Raises Full, OSError.
+        record carries its data. An error leaves no record that does. Raises Full, OSError.
         """
         at = host + low - start
         journal = self.journal
@@ -197,11 +203,6 @@ class Changes:
         return self.deferred and bool(unretired or self._tables.deferred_slices or self._freed or self._released)
 
     @property
-    def retired(self) -> int | None:
-        """The number of the last record that the journal may forget; None without a journal."""
-        return self.journal.retired if self.journal is not None else None
-
-    @property
     def due(self) -> bool:
         """Whether a commit is worth it, with nobody asking for one: what stands for itself may be dropped before it has to."""
         return self.pending and (not self.append_only or self._many or self.has_room)
@@ -249,6 +250,7 @@ class Changes:
         """As :meth:`_commit`, of an image that is only appended to."""
         if not self.pending:
             return
+        await self.drain()
         await self.harden()
         async with self._lock:
             if not self.pending or self._closed:

@@ -43,8 +43,6 @@ _RUN: Final = 8 << 20  # bytes, or a cluster more, that are stored in one step: 
 _HASHED: Final = 4096  # bytes at most that one hash in the journal stands for: what a kill leaves whole
 _STEPS: Final = 256  # that one call of extents takes at most: it may tell of less than it was asked for
 _EMPTY_SPANS: Final = 4096
-_ATTEMPTS: Final = 100  # to find room in a journal that could not be emptied
-_PAUSE: Final = 0.01  # seconds between them
 _decompressions: Final = trio.CapacityLimiter(4)  # at once: each may take two clusters of memory
 
 
@@ -344,22 +342,13 @@ class Image(Node):
         """Carry a change out that may find the journal full: then what it has done so far is committed, and it is repeated."""
         assert self.changes is not None
         has_room = self.changes.has_room
-        attempts = 0
         while True:
             try:
                 self.changes.check_room()
                 await change()
                 break
             except Full:
-                retired = self.changes.retired
                 await self.changes.commit()
-                if self.changes.retired == retired is not None:  # what is staged is to be applied first
-                    attempts += 1
-                    if attempts == _ATTEMPTS:
-                        raise OSError(
-                            errno.EIO, f"{self.file.path}: what its journal is full of cannot be put on the disk"
-                        ) from None
-                    await trio.sleep(_PAUSE)
             except OSError as error:
                 if error.errno != errno.ENOSPC or not has_room:
                     raise

@@ -5,8 +5,8 @@ one before. A record says what :class:`Change` can say, and carries hashes of th
 it proves itself. Whatever a kill or a power cut has left of the journal and of the image, those records count that are whole, and
 whose data is there. Nothing has to be known about which of the two it was.
 
-A journal whose records carry data has larger halves, and all of it has been written before it is used: to put on stable storage
-what is written over something takes a file system a third of the time that it takes for new blocks.
+A journal whose records carry data has larger halves, and all of it has been written before it is used: what is written over
+something is sooner on stable storage than what needs new blocks.
 
 The header says up to which number the records are *retired*: their changes are in the tables, and never made again. A half is
 used again when all of its records are retired. It also has the journal's *name*, by which its image knows it, and up to which
@@ -115,16 +115,14 @@ class Journal:
         file = storage.open_own(path)
         length = _START + 2 * half
         try:
-            if file.length() != length:
+            fresh = file.length() != length
+            if fresh:
                 file.truncate(0)
-                if half == HALF:
-                    file.reserve(length)
-                else:
-                    for at in range(0, length, _PIECE):
-                        file.write(at, _ZEROES[: length - at])
+            if fresh and half == HALF:
+                file.reserve(length)
             else:
                 for at in range(0, length, _PIECE):
-                    if not _is_zero(file, at, min(at + _PIECE, length)):
+                    if fresh or not _is_zero(file, at, min(at + _PIECE, length)):
                         file.write(at, _ZEROES[: length - at])
             file.write(0, _header(name, 0, 0))
             file.sync_now()
