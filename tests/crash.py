@@ -16,6 +16,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -466,6 +467,7 @@ class Scratch:
         self.paths: dict[int, str] = {}
         self._actual: dict[int, Contents] = {}
         self._fds: dict[int, int] = {}
+        weakref.finalize(self, _close_all, self._fds)
         self._inodes: dict[int, int] = {}
         os.mkdir(self._pool())
 
@@ -556,10 +558,10 @@ class Scratch:
     def numbers(self) -> set[int]:
         return set(self._fds)
 
-    def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+
+def _close_all(fds: dict[int, int]) -> None:
+    for fd in fds.values():
+        os.close(fd)
 
 
 def runs(sectors: list[int]) -> Iterator[tuple[int, int]]:
