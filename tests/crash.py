@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -33,6 +33,7 @@ from faults import (
     Event,
     FaultyStorage,
     Inodes,
+    Killed,
     Length,
     Log,
     MakeDirectory,
@@ -760,6 +761,11 @@ class Model:
         self.now = saved
         self.worlds = {saved: self.worlds[saved]}
         self._fresh = []
+        self._mixed = saved[0] in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
+        if saved[0] is Stage.FAILOVER:  # which goes on, and ends
+            self.worlds[Stage.DONE, saved[1]] = self.worlds[saved]
+        elif saved[0] is Stage.DONE:
+            self.done()
 
     def undecided(self) -> None:
         """What was begun has failed: it may have been done, or not."""
@@ -1048,12 +1054,23 @@ class Driver:
                 flushes = self.number(), self.number()
                 self.mark("flush_begin", "view", flushes[0])
                 self.mark("flush_begin", "disk", flushes[1])
-        except ReplfsError:
+        except (ReplfsError, BaseExceptionGroup):
             if not begun:
                 self.mark("undecided")
             raise
         for flush in flushes:
             self.mark("flush_end", flush)
+
+    async def killed(self, events: int, use: Callable[[], Awaitable[None]]) -> None:
+        """Mount and use it, as a process that is killed as soon as it has made so many more events (:mod:`faults`)."""
+        self.storage.killed_at = len(self.log.events) + events
+        try:
+            async with self.mounted():
+                await use()
+        except* Killed:
+            pass
+        finally:
+            self.storage.killed_at = None
 
     async def _started(self) -> None:
         if self.setup.mode is Mode.PRIMARY:
@@ -1075,7 +1092,7 @@ class Driver:
         self.mark("begin", port, write, offset, data)
         try:
             await request
-        except OSError:
+        except (OSError, Killed, trio.Cancelled):
             self.mark("fail", write)
             raise
         self.mark("end", write)
@@ -1085,7 +1102,7 @@ class Driver:
         self.mark("flush_begin", port, flush)
         try:
             await self.node(port).flush()
-        except OSError:
+        except (OSError, Killed, trio.Cancelled):
             self.mark("flush_fail", flush)
             raise
         self.mark("flush_end", flush)

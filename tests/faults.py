@@ -37,8 +37,8 @@ _KINDS: Final = {  # what the volume counts an operation's failure as
 }
 
 
-class PowerCut(BaseException):
-    """The machine is off."""
+class Killed(BaseException):
+    """The process is not there any more."""
 
 
 # What happens to the files. ``file`` is a number that stands for an inode, ``folder`` a directory's path.
@@ -225,8 +225,8 @@ class FaultyStorage(Storage):
         """How many there were, by kind; those that failed too."""
         self.failed = 0
         """How many a fault has hit."""
-        self.cut_at: int | None = None
-        """The machine goes off when so many events have been recorded."""
+        self.killed_at: int | None = None
+        """The process is killed when so many events have been recorded: what it has written is there, and no more."""
         self.room: int | None = None
         """Bytes that can still be allocated; None: there is no end to them."""
         self.turns = 0
@@ -242,9 +242,9 @@ class FaultyStorage(Storage):
     # Faults
 
     def check(self, kind: str, path: str) -> None:
-        """Before an operation is done. Raises PowerCut, or the OSError that a fault asks for."""
-        if self.cut_at is not None and len(self.log.events) >= self.cut_at:
-            raise PowerCut
+        """Before an operation is done. Raises Killed, or the OSError that a fault asks for."""
+        if self.killed_at is not None and len(self.log.events) >= self.killed_at:
+            raise Killed
         self.operations[kind] += 1
         for fault in self.faults:
             if fault.hits(kind, path):

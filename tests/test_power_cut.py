@@ -19,7 +19,7 @@ from volumes import until_connected
 
 from replfs.block.qcow2.overlay import SUBCLUSTER
 from replfs.block.raw import Raw
-from replfs.block.replication.rules import Mode, Operation
+from replfs.block.replication.rules import Mode, Operation, Stage
 from replfs.export.nbd import NbdServer
 from replfs.protocol.nbd.uri import UnixAddress
 
@@ -196,6 +196,55 @@ async def resume(driver: Driver) -> None:
                 await some(driver, 13, 3, BOTH)
 
 
+async def some_staged(driver: Driver, chance: random.Random) -> None:
+    """Forwarded writes, one upon the other, that are staged where there is a journal for that; and one that is too large."""
+    await driver.write("disk", 0, SECTOR)  # there is a table then
+    for _ in range(chance.randrange(1, 5)):
+        await driver.write("disk", chance.randrange(100) * SUBCLUSTER, SUBCLUSTER)
+    await driver.write("disk", chance.randrange(SIZE - 70_001), 70_001)
+
+
+async def killed(driver: Driver) -> None:
+    """A process that is killed puts nothing on stable storage, and the next one works with what it finds."""
+    chance = random.Random(22)
+    for number in range(6):
+
+        async def use(number: int = number) -> None:
+            await driver.check()
+            await some_staged(driver, chance)
+            await side_by_side(driver, f"23 {number}", 3)
+            await driver.checkpoint()
+            await some_staged(driver, chance)
+
+        await driver.killed(chance.randrange(30, 150), use)
+    async with driver.mounted():
+        await driver.check()
+        await some(driver, 24, 4, BOTH)
+
+
+async def killed_in_a_failover(driver: Driver) -> None:
+    chance = random.Random(25)
+
+    async def use() -> None:
+        await some(driver, 26, 8, BOTH)
+        await some_staged(driver, chance)
+        await driver.control(Operation.FAILOVER)
+        await some(driver, 27, 4, ("view",))
+        await driver.until_done()
+
+    async def go_on() -> None:
+        await driver.check()
+        await some(driver, f"28 {chance.random()}", 4, ("view",))
+        if driver.volume.state.stage is Stage.FAILOVER:
+            await driver.until_done()
+
+    await driver.killed(chance.randrange(200, 300), use)
+    for _ in range(2):
+        await driver.killed(chance.randrange(5, 50), go_on)
+    async with driver.mounted():
+        await go_on()
+
+
 async def stop(driver: Driver) -> None:
     async with driver.mounted():
         await some(driver, 14, 12, BOTH)
@@ -212,6 +261,19 @@ async def primary_alone(driver: Driver) -> None:
             for number in range(3):
                 third = SIZE // 3 // SECTOR * SECTOR
                 nursery.start_soon(some, driver, f"17 {number}", 8, ("view",), number * third, (number + 1) * third)
+        await driver.check()
+
+
+async def primary_killed(driver: Driver) -> None:
+    chance = random.Random(29)
+    for number in range(5):
+
+        async def use(number: int = number) -> None:
+            await driver.check()
+            await some(driver, f"30 {number}", 12, ("view",))
+
+        await driver.killed(chance.randrange(10, 60), use)
+    async with driver.mounted():
         await driver.check()
 
 
@@ -244,10 +306,12 @@ SECONDARY: list[Scenario] = [
     failover,
     failover_under_load,
     resume,
+    killed,
+    killed_in_a_failover,
     stop,
     start,
 ]
-PRIMARY: list[Scenario] = [primary_alone, primary_that_forwards]
+PRIMARY: list[Scenario] = [primary_alone, primary_killed, primary_that_forwards]
 
 
 async def cut(case: Case, scenario: Scenario, full: bool, tally: Callable[[str, int], None], short: int, long: int) -> Explored:

@@ -17,6 +17,7 @@ from test_power_cut import (
     checkpoints,
     failover,
     primary_alone,
+    primary_killed,
     primary_that_forwards,
     resume,
     root,
@@ -36,6 +37,7 @@ from replfs.block.staging import Staging
 __all__ = ["root"]  # a fixture
 
 plain_release = Staging._release
+plain_file_sync = File.sync
 
 
 class Rule(NamedTuple):
@@ -56,6 +58,12 @@ async def sync_only_before(*files: File) -> None:
 async def sync_only_after(*files: File) -> None:
     if any(file.path.endswith(".journal") for file in files):
         await plain_sync(*files)
+
+
+async def sync_own(self: File) -> None:
+    """As if all that an earlier process wrote were on stable storage."""
+    self._inherited = False
+    await plain_file_sync(self)
 
 
 def free_at_once(self: Changes, cluster: int, count: int) -> None:
@@ -132,6 +140,9 @@ RULES |= {
         staged, broken={"replfs.block.staging.Staging._release": release_all}
     ),
 }
+RULES["a flush covers what a process wrote that was killed"] = Rule(
+    primary_killed, mode=Mode.PRIMARY, broken={"replfs.block.file.File.sync": sync_own}
+)
 RULES["what may differ is known before it does"] = Rule(
     primary_that_forwards, (Lie("sync", r"/tracking$"), Lie("durable", r"/tracking$")), mode=Mode.PRIMARY
 )
