@@ -20,7 +20,7 @@ from test_nbd_peers import nbdkit, peer
 from trio.testing import wait_all_tasks_blocked
 from volumes import secondary
 
-from replfs.block.nbd import NbdTarget
+from replfs.block.nbd import Call, NbdTarget
 from replfs.block.node import Data, Extent, Node
 from replfs.block.replication import forwarder as forwarder_module
 from replfs.block.replication.forwarder import Change, Forwarder
@@ -29,6 +29,7 @@ from replfs.block.storage import Storage
 from replfs.block.tracking import BLOCK, Tracking
 from replfs.export.nbd import NbdServer
 from replfs.protocol import peer as protocol
+from replfs.protocol.nbd import wire
 from replfs.protocol.nbd.uri import Target, UnixAddress
 from replfs.volume.peers import PeerClient
 
@@ -479,7 +480,7 @@ async def test_what_an_old_link_has_left_at_the_secondary_is_not_carried_out_aft
 
         client, link = await linked()
         for number in (*range(16, 32), *range(4)):  # sixteen are begun
-            link.submit_write(number * PAGE, b"old!" * 1024, lambda call: None)
+            link.submit(Call(wire.NBD_CMD_WRITE, number * PAGE, PAGE, payload=b"old!" * 1024))
         await wait_all_tasks_blocked()
         client.close()
         await link.close()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -527,60 +527,69 @@ STATUS_10: Asked = (wire.NBD_CMD_BLOCK_STATUS, 100, 10)
 MORE = 0
 
 
-def hear(info: client.ExportInfo, asked: Iterable[Asked], parts: Iterable[bytes]) -> list[client.Reply]:
-    transmission = client.Transmission(info)
-    for kind, offset, length in asked:
-        transmission.request(kind, 0, offset, length)
-    return [reply for part in parts for reply in transmission.receive(part)]
+class Reply(NamedTuple):
+    cookie: int
+    error: int = wire.NBD_SUCCESS
+    message: str = ""
+    data: bytes = b""
+    extents: Sequence[Extent] = ()
+
+
+def hear(info: client.ExportInfo, asked: Iterable[Asked], parts: Iterable[bytes]) -> list[Reply]:
+    transmission: client.Transmission[client.Command] = client.Transmission(info)
+    for fields in asked:
+        transmission.begin(client.Command(*fields))
+    replied = (command for part in parts for command in transmission.receive(part))
+    return [Reply(c.cookie, c.error, c.message, getattr(c, "data", b""), getattr(c, "extents", ())) for c in replied]
 
 
 @pytest.mark.parametrize(
     ("info", "asked", "heard", "expected"),
     [
-        (PLAIN, READ_10, simple(1, data=b"0123456789"), client.Reply(1, data=bytearray(b"0123456789"))),
-        (PLAIN, READ_10, simple(1, wire.NBD_EIO), client.Reply(1, wire.NBD_EIO)),
-        (PLAIN, WRITE_10, simple(1), client.Reply(1)),
-        (PLAIN, WRITE_10, simple(1, 9999), client.Reply(1, wire.NBD_EINVAL)),
-        (RICH, WRITE_10, simple(1, wire.NBD_ENOSPC), client.Reply(1, wire.NBD_ENOSPC)),
-        (RICH, WRITE_10, chunk(1, wire.NBD_REPLY_TYPE_NONE), client.Reply(1)),
-        (RICH, WRITE_10, error_chunk(1, wire.NBD_EPERM, b"no\n"), client.Reply(1, wire.NBD_EPERM, r"no\n")),
-        (RICH, READ_10, data_chunk(1, 100, b"0123456789"), client.Reply(1, data=bytearray(b"0123456789"))),
+        (PLAIN, READ_10, simple(1, data=b"0123456789"), Reply(1, data=bytearray(b"0123456789"))),
+        (PLAIN, READ_10, simple(1, wire.NBD_EIO), Reply(1, wire.NBD_EIO)),
+        (PLAIN, WRITE_10, simple(1), Reply(1)),
+        (PLAIN, WRITE_10, simple(1, 9999), Reply(1, wire.NBD_EINVAL)),
+        (RICH, WRITE_10, simple(1, wire.NBD_ENOSPC), Reply(1, wire.NBD_ENOSPC)),
+        (RICH, WRITE_10, chunk(1, wire.NBD_REPLY_TYPE_NONE), Reply(1)),
+        (RICH, WRITE_10, error_chunk(1, wire.NBD_EPERM, b"no\n"), Reply(1, wire.NBD_EPERM, r"no\n")),
+        (RICH, READ_10, data_chunk(1, 100, b"0123456789"), Reply(1, data=bytearray(b"0123456789"))),
         (
             RICH,
             READ_10,
             data_chunk(1, 106, b"6789", MORE) + hole_chunk(1, 101, 5, MORE) + data_chunk(1, 100, b"0"),
-            client.Reply(1, data=bytearray(b"0\0\0\0\0\x006789")),
+            Reply(1, data=bytearray(b"0\0\0\0\0\x006789")),
         ),
         (
             RICH,
             READ_10,
             hole_chunk(1, 100, 10, MORE) + chunk(1, wire.NBD_REPLY_TYPE_NONE),
-            client.Reply(1, data=bytearray(10)),
+            Reply(1, data=bytearray(10)),
         ),
         (
             RICH,
             READ_10,
             chunk(1, wire.NBD_REPLY_TYPE_ERR + 2, wire.ERROR.pack(5, 2) + b"ab" + wire.OFFSET.pack(103)),
-            client.Reply(1, wire.NBD_EIO, "ab"),
+            Reply(1, wire.NBD_EIO, "ab"),
         ),
         (
             RICH,
             READ_10,
             chunk(1, wire.NBD_REPLY_TYPE_ERR + 99, wire.ERROR.pack(5, 0) + b"unknown"),
-            client.Reply(1, wire.NBD_EIO),
+            Reply(1, wire.NBD_EIO),
         ),
         (
             RICH,
             STATUS_10,
             status_chunk(1, (3, 3), (2, 3), (100, 4)),
-            client.Reply(1, extents=[Extent(5, True, True), Extent(5, False, False)]),
+            Reply(1, extents=[Extent(5, True, True), Extent(5, False, False)]),
         ),
-        (RICH, STATUS_10, status_chunk(1, (10, 1), (7, 0)), client.Reply(1, extents=[Extent(10, True, False)])),
-        (RICH, STATUS_10, simple(1, wire.NBD_EIO), client.Reply(1, wire.NBD_EIO)),
+        (RICH, STATUS_10, status_chunk(1, (10, 1), (7, 0)), Reply(1, extents=[Extent(10, True, False)])),
+        (RICH, STATUS_10, simple(1, wire.NBD_EIO), Reply(1, wire.NBD_EIO)),
     ],
     ids=in_words,
 )
-def test_each_kind_of_reply_is_understood(info: client.ExportInfo, asked: Asked, heard: bytes, expected: client.Reply) -> None:
+def test_each_kind_of_reply_is_understood(info: client.ExportInfo, asked: Asked, heard: bytes, expected: Reply) -> None:
     for parts in cut_everywhere(heard):
         [reply] = hear(info, [asked], parts)
         if expected.error:
@@ -636,9 +645,9 @@ def test_a_server_that_breaks_the_transmission_is_found_out(
 
 @given(st.lists(st.tuples(st.integers(0, SIZE - 200), st.binary(min_size=1, max_size=200)), max_size=8), st.booleans(), st.data())
 def test_reads_come_through_from_our_own_server(reads: list[tuple[int, bytes]], structured: bool, data: st.DataObject) -> None:
-    transmission = client.Transmission(RICH if structured else PLAIN)
+    transmission: client.Transmission[client.Command] = client.Transmission(RICH if structured else PLAIN)
     ours = server.Transmission(EXPORT, structured, structured)
-    said = b"".join(transmission.request(wire.NBD_CMD_READ, 0, offset, len(content))[1] for offset, content in reads)
+    said = b"".join(transmission.begin(client.Command(wire.NBD_CMD_READ, offset, len(content))) for offset, content in reads)
     requests = ours.receive(said)
     contents = [content for _, content in reads]
     answers = [ours.read_header(request) + content for request, content in zip(requests, contents, strict=True)]

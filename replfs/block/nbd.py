@@ -15,6 +15,8 @@ import errno
 import logging
 import os
 import socket
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -26,7 +28,7 @@ from replfs.arrivals import Arrivals, do_not_spin, send_all
 from replfs.block.node import Data, Extent, Node
 from replfs.errors import ReplfsError, Unreachable, printable
 from replfs.protocol.nbd import wire
-from replfs.protocol.nbd.client import ExportInfo, Negotiation, Refused, Reply, Transmission
+from replfs.protocol.nbd.client import Command, ExportInfo, Negotiation, Refused, Transmission
 from replfs.protocol.nbd.uri import Target, UnixAddress
 from replfs.protocol.nbd.wire import ProtocolError
 
@@ -40,27 +42,38 @@ _MAX_STATUS: Final = 1 << 30  # bytes that one BLOCK_STATUS asks for
 _GONE: Final = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
-class Call:
-    """A request, from when it is made until its reply. ``answered`` is called then, or when the link is given up instead."""
+class Call(Command):
+    """A request of ours, from when it is made until its reply, or until the link is given up instead."""
 
-    __slots__ = ("answered", "cookie", "error", "made", "message", "reply")
+    __slots__ = ("header", "lost", "made", "payload")
 
-    def __init__(self, cookie: int, message: list[Data], made: float, answered: "Callable[[Call], None]") -> None:
-        self.cookie = cookie
-        self.message = message  # the header and the data; empty once sent
-        self.made = made
-        self.answered = answered
-        self.reply: Reply | None = None
-        self.error = 0  # errno, when the link was given up instead
+    def __init__(self, kind: int, offset: int, length: int, flags: int = 0, payload: Data = b"") -> None:
+        super().__init__(kind, offset, length, flags)
+        self.payload = payload  # what a WRITE sends: bytes that stay as they are
+        self.header = b""  # while it has not been sent
+        self.made = 0.0  # by time.monotonic
+        self.lost = 0  # errno, when the link was given up instead
+
+    def answered(self) -> None:
+        """What became of it is known. For those who want to hear of it; must not raise."""
 
     def failure(self) -> OSError | None:
         """Why it failed, None if it did not."""
-        if self.reply is None:
-            return OSError(self.error, os.strerror(self.error))
-        if self.reply.error:
-            number = wire.ERRNO_OF_ERROR[self.reply.error]
-            return OSError(number, self.reply.message or os.strerror(number))
-        return None
+        if self.error:
+            number = wire.ERRNO_OF_ERROR[self.error]
+            return OSError(number, self.message or os.strerror(number))
+        return OSError(self.lost, os.strerror(self.lost)) if self.lost else None
+
+
+class _Awaited(Call):
+    __slots__ = ("event",)
+
+    def __init__(self, kind: int, offset: int, length: int, flags: int = 0, payload: Data = b"") -> None:
+        super().__init__(kind, offset, length, flags, payload)
+        self.event = trio.Event()
+
+    def answered(self) -> None:
+        self.event.set()
 
 
 class NbdTarget(Node):
@@ -78,11 +91,9 @@ class NbdTarget(Node):
         self._stream = stream
         self._socket = socket.socket(fileno=os.dup(stream.socket.fileno()))  # for the transmission, past what trio does for others
         self._socket.setblocking(False)
-        self._transmission = Transmission(info)
-        self._active = 0.0  # when the server last took or sent something
-        # Both by cookie and in the order they were made, which is that of their deadlines too.
-        self._calls: dict[int, Call] = {}
-        self._unsent: dict[int, Call] = {}
+        self._transmission: Transmission[Call] = Transmission(info)
+        self._active = 0.0  # when the server last took or sent something, by time.monotonic
+        self._unsent: deque[Call] = deque()
         self._begun: list[Data] = []  # what is left of a request that was sent in part
         self._sender = trio.lowlevel.ParkingLot()
         self._tasks = trio.CancelScope()
@@ -141,11 +152,10 @@ class NbdTarget(Node):
     async def close(self) -> None:
         """Take leave of the server if nothing is under way, and end the link; returns when its tasks have ended."""
         try:
-            if self.connected and not self._calls and self._sender:  # the sender is parked, and the socket's buffer is empty
+            if self.connected and not self._transmission.pending and self._sender:  # it is parked: the socket's buffer is empty
                 self.connected = False
-                _, header = self._transmission.request(wire.NBD_CMD_DISC, 0, 0, 0)
                 with suppress(*_GONE):
-                    await self._stream.send_all(header)
+                    await self._stream.send_all(self._transmission.begin(Call(wire.NBD_CMD_DISC, 0, 0)))
         finally:
             self._disconnect(errno.ECONNRESET)
         await self._finished.wait()
@@ -174,58 +184,46 @@ class NbdTarget(Node):
         for start in range(offset, end, self._info.maximum_payload):
             yield start, min(self._info.maximum_payload, end - start)
 
-    async def _call(self, kind: int, flags: int, offset: int, length: int, data: Data = b"") -> Reply:
-        event = trio.Event()
-        call = self._submit(kind, flags, offset, length, data, lambda _: event.set())
+    async def _call(self, kind: int, flags: int, offset: int, length: int, data: Data = b"") -> Call:
+        call = _Awaited(kind, offset, length, flags, data)
+        self.submit(call)
         try:
-            await event.wait()
+            await call.event.wait()
         finally:
             # Cancelled before it was sent: its data may change or go as soon as the caller has it back.
-            if self._unsent.pop(call.cookie, None) is not None and self._calls.pop(call.cookie, None) is not None:
-                self._transmission.forget(call.cookie)
+            if call.header and self.connected:
+                self._unsent.remove(call)
+                self._transmission.forget(call)
         if (failure := call.failure()) is not None:
             raise failure
-        assert call.reply is not None
-        return call.reply
+        return call
 
-    def submit_write(self, offset: int, data: Data, answered: Callable[[Call], None]) -> None:
-        """As :meth:`write`, of one piece, without waiting: ``answered`` is called with what became of it.
+    def submit(self, call: Call) -> None:
+        """Have a request sent that the server can take in one piece, without waiting: it is told when it is answered.
 
-        Raises OSError if the link was given up already; ``answered`` must not raise.
+        Raises OSError if the link was given up already.
         """
-        self._submit(wire.NBD_CMD_WRITE, 0, offset, len(data), data, answered)
-
-    def submit_zeroes(self, offset: int, length: int, may_unmap: bool, answered: Callable[[Call], None]) -> None:
-        """As :meth:`write_zeroes`, of one piece, in the manner of :meth:`submit_write`, if the server has :attr:`zeroes`."""
-        self._submit(wire.NBD_CMD_WRITE_ZEROES, 0 if may_unmap else wire.NBD_CMD_FLAG_NO_HOLE, offset, length, b"", answered)
-
-    def _submit(self, kind: int, flags: int, offset: int, length: int, data: Data, answered: Callable[[Call], None]) -> Call:
         if not self.connected:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-        cookie, header = self._transmission.request(kind, flags, offset, length)
-        call = Call(cookie, [header, data], trio.current_time(), answered)
-        self._calls[cookie] = call
-        if not (self._sender and len(self._calls) <= _FEW and self._send_at_once(call)):
-            self._unsent[cookie] = call
-            if self._sender:
+        call.made = time.monotonic()
+        call.header = self._transmission.begin(call)
+        idle = bool(self._sender)
+        if not (idle and len(self._transmission.pending) <= _FEW and self._send_at_once(call)):
+            self._unsent.append(call)
+            if idle:
                 self._sender.unpark()
                 do_not_spin()
-        return call
 
     def _send_at_once(self, call: Call) -> bool:
         """While little is under way: without the sender, which is waiting. False if the sender is to see to it."""
         try:
-            sent = self._socket.sendmsg(call.message)
+            sent = self._socket.sendmsg((call.header, call.payload))
         except OSError:
             return False  # if it is more than that there is no room, the sender finds out
-        rest: list[Data] = [memoryview(part) for part in call.message]
-        while rest and sent >= len(rest[0]):
-            sent -= len(rest.pop(0))
-        if rest:
-            rest[0] = rest[0][sent:]
-            self._begun = [b"".join(rest)]
+        if sent < len(call.header) + len(call.payload):
+            self._begun = [b"".join((call.header, call.payload))[sent:]]
             self._sender.unpark()
-        call.message = []
+        call.header = call.payload = b""
         return True
 
     async def _run(self, rest: bytes) -> None:
@@ -251,32 +249,30 @@ class NbdTarget(Node):
                 self._begun = []
                 size = 0
                 while self._unsent and size < _SEND_SIZE:
-                    call = self._unsent.pop(next(iter(self._unsent)))
-                    message += call.message
-                    size += len(call.message[1])
-                    call.message = []
+                    call = self._unsent.popleft()
+                    message += (call.header, call.payload)
+                    size += len(call.payload)
+                    call.header = call.payload = b""
                 await send_all(self._socket, message, self._took_some)
         except (OSError, trio.ClosedResourceError):
             self._give_up("the connection broke", errno.ECONNRESET)
 
     def _took_some(self) -> None:
         """The server has taken something that was sent: a sign of life."""
-        self._active = trio.current_time()
+        self._active = time.monotonic()
 
     async def _receive(self, data: bytes) -> None:
         arrivals, receive = Arrivals(self._socket), partial(self._socket.recv, _RECEIVE_SIZE)
         try:
             while True:
-                for reply in self._transmission.receive(data):
-                    call = self._calls.pop(reply.cookie, None)
-                    if call is None:
-                        return None  # what was done with an earlier reply has ended the link
-                    call.reply = reply
-                    call.answered(call)
-                    if reply.error == wire.NBD_ESHUTDOWN:
+                for call in self._transmission.receive(data):
+                    call.answered()
+                    if not self.connected:
+                        return None  # what was done with this one has ended the link
+                    if call.error == wire.NBD_ESHUTDOWN:
                         return self._give_up("the server is shutting down", errno.ECONNRESET)
                 data = await arrivals.take(receive)
-                self._active = trio.current_time()
+                self._active = time.monotonic()
                 if not data:
                     return self._give_up("the server closed the connection", errno.ECONNRESET)
         except ProtocolError as error:
@@ -286,15 +282,15 @@ class NbdTarget(Node):
 
     async def _watch(self) -> None:
         while True:
-            now = trio.current_time()
-            oldest = next(iter(self._calls.values()), None)
+            now = time.monotonic()
+            oldest = next(iter(self._transmission.pending.values()), None)
             deadline = now + self._timeout
             if oldest is not None:
                 silent = max(self._active, oldest.made) + self._timeout
                 deadline = min(silent, oldest.made + PATIENCE * self._timeout)
                 if deadline <= now:
                     self._give_up(f"a request was not answered within {now - oldest.made:.3g} seconds", errno.ETIMEDOUT)
-            await trio.sleep_until(deadline)
+            await trio.sleep(max(deadline - now, 0))
 
     def _give_up(self, reason: str, error: int) -> None:
         if self.connected:
@@ -308,10 +304,12 @@ class NbdTarget(Node):
         trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
         self._tasks.cancel()
-        calls, self._calls, self._unsent = self._calls, {}, {}
-        for call in calls.values():
-            call.error = error
-            call.answered(call)
+        calls = [*self._transmission.pending.values()]
+        self._transmission.pending.clear()
+        self._unsent.clear()
+        for call in calls:
+            call.lost = error
+            call.answered()
         self.lost.set()
 
 

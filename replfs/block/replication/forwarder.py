@@ -16,10 +16,12 @@ from itertools import cycle
 from typing import Final
 
 import trio
+from pyroaring import BitMap64
 
 from replfs.block.nbd import Call, NbdTarget
 from replfs.block.node import Data
 from replfs.block.tracking import BLOCK, Tracking
+from replfs.protocol.nbd import wire
 
 _PAGE_BITS: Final = 12
 _PAGE: Final = 1 << _PAGE_BITS
@@ -31,21 +33,27 @@ _DEPTH: Final = 64
 """Changes that one connection has under way."""
 
 
-class Change:
+class Change(Call):
     """A change that is to be sent: data, or zeroes if ``data`` is None."""
 
-    __slots__ = ("data", "first", "large", "last", "length", "may_unmap", "offset", "over", "waiting")
+    __slots__ = ("_forwarder", "cost", "first", "large", "last", "over", "waiting")
 
-    def __init__(self, offset: int, length: int, data: Data | None, may_unmap: bool) -> None:
-        self.offset = offset
-        self.length = length
-        self.data = data
-        self.may_unmap = may_unmap
+    def __init__(self, forwarder: "Forwarder", offset: int, length: int, data: Data | None, may_unmap: bool) -> None:
+        if data is not None:
+            super().__init__(wire.NBD_CMD_WRITE, offset, length, 0, data)
+            self.cost = length
+        else:
+            super().__init__(wire.NBD_CMD_WRITE_ZEROES, offset, length, 0 if may_unmap else wire.NBD_CMD_FLAG_NO_HOLE)
+            self.cost = _PAGE
+        self._forwarder = forwarder
         self.first = offset >> _PAGE_BITS
         self.last = offset + length - 1 >> _PAGE_BITS
         self.large = length > _LARGE
         self.over = False
         self.waiting: trio.Event | None = None  # made by the first who waits
+
+    def answered(self) -> None:
+        self._forwarder.answered(self)
 
     async def wait(self) -> None:
         """Until it is acknowledged, or lost and :meth:`end` is called."""
@@ -59,10 +67,6 @@ class Change:
         self.over = True
         if self.waiting is not None:
             self.waiting.set()
-
-    @property
-    def cost(self) -> int:
-        return self.length if self.data is not None else _PAGE
 
 
 class Forwarder:
@@ -85,7 +89,7 @@ class Forwarder:
         self._turns: cycle[NbdTarget] = cycle(())
         self._queue: deque[Change] = deque()
         self._unanswered: set[Change] = set()
-        self._pages: set[int] = set()  # those of the unanswered changes; a page has one
+        self._pages = BitMap64()  # those of the unanswered changes; a page has one
         self._exclusive = False  # a large change is unanswered
         self._waiting = trio.lowlevel.ParkingLot()  # for room, or for all to be answered
 
@@ -123,7 +127,7 @@ class Forwarder:
         """
         if data is None and not self._zeroes:
             data = bytes(length)
-        change = Change(offset, length, data, may_unmap)
+        change = Change(self, offset, length, data, may_unmap)
         self.held += change.cost
         self._queue.append(change)
         if len(self._queue) == 1:
@@ -142,41 +146,36 @@ class Forwarder:
                 if change.first in pages:
                     return
                 pages.add(change.first)
+            elif pages.range_cardinality(change.first, change.last + 1):
+                return
             else:
-                touched = range(change.first, change.last + 1)
-                if not pages.isdisjoint(touched):
-                    return
-                pages.update(touched)
+                pages.add_range(change.first, change.last + 1)
             queue.popleft()
             unanswered.add(change)
+            if change.kind == wire.NBD_CMD_WRITE:
+                self.sent += change.length
+            else:
+                self.zeroed += change.length
             try:
-                self._submit(next(self._turns), change)
+                next(self._turns).submit(change)
             except OSError as error:  # given up just now
                 self._failed(error)
                 return
 
-    def _submit(self, link: NbdTarget, change: Change) -> None:
-        def answered(call: Call) -> None:
-            if change in self._unanswered:  # else the link was taken away before
-                self._answered(change, call.failure())
-
-        if change.data is None:
-            self.zeroed += change.length
-            link.submit_zeroes(change.offset, change.length, change.may_unmap, answered)
-        else:
-            self.sent += change.length
-            link.submit_write(change.offset, change.data, answered)
-
-    def _answered(self, change: Change, failure: OSError | None) -> None:
+    def answered(self, change: Change) -> None:
+        """A link says so."""
+        if change not in self._unanswered:
+            return None  # the link was taken away before
+        failure = change.failure()
         if failure is not None:
             return self._failed(failure)  # which takes the link away, and this change with it
         self._unanswered.remove(change)
         if change.large:
             self._exclusive = False
         elif change.first == change.last:
-            self._pages.discard(change.first)
+            self._pages.remove(change.first)
         else:
-            self._pages.difference_update(range(change.first, change.last + 1))
+            self._pages.remove_range(change.first, change.last + 1)
         self.tracking.acknowledged(*self.tracking.span(change.offset, change.length))
         self.held -= change.cost
         change.end()

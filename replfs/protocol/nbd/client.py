@@ -6,9 +6,9 @@ connection is of no use. :class:`Refused` is different: the server keeps to the 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
-from typing import Final
+from typing import Any, Final, Generic, TypeVar
 
 from replfs.block.node import Extent, merge
 from replfs.errors import printable
@@ -18,6 +18,7 @@ from replfs.protocol.nbd.wire import Fields, ProtocolError
 _MAX_OPTION_REPLY: Final = 64 << 10  # bytes of one option reply's data
 _MAX_OPTION_REPLIES: Final = 1000  # of one handshake
 _MAX_ERROR_CHUNK: Final = 64 << 10  # bytes of an error chunk's payload
+_TOO_SIMPLE: Final = "the server sent a simple reply where only a structured one will do"
 _MAX_DESCRIPTORS: Final = 1 << 20  # "Structured reply types": servers should not send more in a chunk
 
 
@@ -274,185 +275,191 @@ _OPTION_REPLIES: Final[dict[tuple[int, int], Callable[[Negotiation, int, bytes],
 """Option under way and reply type (NBD_REP_ERR stands for every error) to what is done; each returns what is sent next."""
 
 
-@dataclass(slots=True)
-class Reply:
-    """What became of a request: ``error`` is an NBD error value, ``message`` the server's words for it.
+class Command:
+    """A request that is sent, and what became of it: whoever makes it, perhaps of a class of their own, gets it back.
 
-    ``data`` is what a READ gave, ``extents`` what a BLOCK_STATUS gave: neither empty nor longer than asked, if there is no error.
+    Once it is replied to: ``error`` is an NBD error value, ``message`` the server's words for it. What a READ gave is in ``data``,
+    what a BLOCK_STATUS gave in ``extents``: neither empty nor longer than asked, if there is no error. Others have neither.
     """
 
-    cookie: int
-    error: int = wire.NBD_SUCCESS
-    message: str = ""
-    data: bytearray = field(default_factory=bytearray)
-    extents: list[Extent] = field(default_factory=list)
+    __slots__ = ("cookie", "data", "error", "extents", "flags", "kind", "length", "message", "missing", "offset")
+
+    def __init__(self, kind: int, offset: int, length: int, flags: int = 0) -> None:
+        self.kind = kind
+        self.flags = flags
+        self.offset = offset
+        self.length = length
+        self.cookie = 0
+        self.error = wire.NBD_SUCCESS
+        self.message = ""
+        if kind == wire.NBD_CMD_READ:
+            self.data = bytearray()
+            self.missing = length  # bytes that have not come
+        elif kind == wire.NBD_CMD_BLOCK_STATUS:
+            self.extents: list[Extent] = []
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A request without its final reply."""
-
-    type: int
-    offset: int
-    length: int
-    reply: Reply
-    missing: int  # bytes of a READ that have not come
+Kept = TypeVar("Kept", bound=Command)
 
 
-class Transmission:
+class Transmission(Generic[Kept]):
     """The transmission phase of one connection: requests into bytes, and replies out of bytes."""
 
     def __init__(self, info: ExportInfo) -> None:
+        self.pending: dict[int, Kept] = {}
+        """Those without their final reply, by cookie, in the order they were begun."""
         self._info = info
         self._buffer = bytearray()
-        self._pending: dict[int, _Pending] = {}
         self._cookies = count(1)
 
-    def request(self, kind: int, flags: int, offset: int, length: int) -> tuple[int, bytes]:
-        """A new request: its cookie, and the header to send; a WRITE's data follows that. It must be sent, or :meth:`forget` it."""
-        cookie = next(self._cookies)
-        missing = length if kind == wire.NBD_CMD_READ else 0
-        self._pending[cookie] = _Pending(kind, offset, length, Reply(cookie), missing)
-        return cookie, wire.REQUEST.pack(wire.NBD_REQUEST_MAGIC, flags, kind, cookie, offset, length)
+    def begin(self, command: Kept) -> bytes:
+        """The header to send; a WRITE's data follows it. It must be sent, or :meth:`forget` it."""
+        command.cookie = cookie = next(self._cookies)
+        self.pending[cookie] = command
+        return wire.REQUEST.pack(wire.NBD_REQUEST_MAGIC, command.flags, command.kind, cookie, command.offset, command.length)
 
-    def forget(self, cookie: int) -> None:
-        """The request was never sent."""
-        del self._pending[cookie]
+    def forget(self, command: Kept) -> None:
+        """It was never sent."""
+        del self.pending[command.cookie]
 
-    def receive(self, data: bytes) -> Iterator[Reply]:
-        """Take bytes from the server; gives the replies that they complete, and all of those before it raises."""
-        self._buffer += data
+    def receive(self, data: bytes) -> Iterator[Kept]:
+        """Take bytes from the server; gives the commands whose replies they complete, and all of those before it raises."""
+        buffer, header = self._buffer, wire.SIMPLE_REPLY
+        buffer += data
         position = 0
-        replies: list[Reply] = []
-        while length := self._message(position, replies):
+        done: Kept | None
+        while len(buffer) - position >= header.size:
+            magic, error, cookie = header.unpack_from(buffer, position)
+            if magic == wire.NBD_SIMPLE_REPLY_MAGIC:
+                command = done = self._find(cookie)
+                length = self._simple(command, error, position)
+            elif magic == wire.NBD_STRUCTURED_REPLY_MAGIC and self._info.structured:
+                length, done = self._chunk(position)
+            else:
+                raise ProtocolError(f"the server sent {magic:#x} where a reply begins")
+            if not length:
+                break
             position += length
-            yield from replies
-            replies.clear()
-        del self._buffer[:position]
+            if done is not None:
+                del self.pending[done.cookie]
+                yield done
+        del buffer[:position]
 
-    def _message(self, start: int, replies: list[Reply]) -> int:
-        """Deal with the message that starts there, if all of it has arrived; returns its length or 0."""
-        buffer = self._buffer
-        if len(buffer) - start < wire.SIMPLE_REPLY.size:
-            return 0
-        magic, error, cookie = wire.SIMPLE_REPLY.unpack_from(buffer, start)
-        if magic == wire.NBD_STRUCTURED_REPLY_MAGIC and self._info.structured:
-            return self._chunk(start, replies)
-        if magic != wire.NBD_SIMPLE_REPLY_MAGIC:
-            raise ProtocolError(f"the server sent {magic:#x} where a reply begins")
-        pending = self._find(cookie)
+    def _simple(self, command: Kept, error: int, start: int) -> int:
+        """Deal with the simple reply that starts there, if all of it has arrived; returns its length or 0."""
         length: int = wire.SIMPLE_REPLY.size
-        structured_only = pending.type == wire.NBD_CMD_READ and self._info.structured
-        if structured_only or (pending.type == wire.NBD_CMD_BLOCK_STATUS and not error):
-            raise ProtocolError("the server sent a simple reply where only a structured one will do")
-        if pending.type == wire.NBD_CMD_READ and not error:
-            length += pending.length
-            if len(buffer) - start < length:
-                return 0
-            pending.reply.data = buffer[start + wire.SIMPLE_REPLY.size : start + length]
-        pending.reply.error = _known(error)
-        replies.append(pending.reply)
-        del self._pending[cookie]
+        if command.kind == wire.NBD_CMD_READ:
+            if self._info.structured:
+                raise ProtocolError(_TOO_SIMPLE)
+            if not error:
+                length += command.length
+                if len(self._buffer) - start < length:
+                    return 0
+                command.data = self._buffer[start + wire.SIMPLE_REPLY.size : start + length]
+        elif command.kind == wire.NBD_CMD_BLOCK_STATUS and not error:
+            raise ProtocolError(_TOO_SIMPLE)
+        if error:
+            command.error = _known(error)
         return length
 
-    def _chunk(self, start: int, replies: list[Reply]) -> int:
+    def _chunk(self, start: int) -> tuple[int, Kept | None]:
+        """The same for a chunk of a structured reply; also gives the command, if it is the last one."""
         buffer = self._buffer
         if len(buffer) - start < wire.CHUNK.size:
-            return 0
+            return 0, None
         _, flags, kind, cookie, length = wire.CHUNK.unpack_from(buffer, start)
-        pending = self._find(cookie)
-        handler = _error_chunk if kind & wire.NBD_REPLY_TYPE_ERR else _CHUNKS.get((pending.type, kind), _CHUNKS.get((None, kind)))
+        command = self._find(cookie)
+        handler = _error_chunk if kind & wire.NBD_REPLY_TYPE_ERR else _CHUNKS.get((command.kind, kind), _CHUNKS.get((None, kind)))
         if handler is None:
             raise ProtocolError(f"the server sent a reply chunk of type {kind} where that has no meaning")
-        if length > _longest_payload(pending, kind):
+        if length > _longest_payload(command, kind):
             raise ProtocolError(f"the server announced a reply chunk of {length} bytes")
         start += wire.CHUNK.size
         if len(buffer) - start < length:
-            return 0
-        handler(self, pending, bytes(memoryview(buffer)[start : start + length]))
-        if flags & wire.NBD_REPLY_FLAG_DONE:
-            self._check_complete(pending)
-            replies.append(pending.reply)
-            del self._pending[cookie]
+            return 0, None
+        handler(self, command, bytes(memoryview(buffer)[start : start + length]))
+        last = bool(flags & wire.NBD_REPLY_FLAG_DONE)
+        if last:
+            self._check_complete(command)
         elif kind == wire.NBD_REPLY_TYPE_NONE:
             raise ProtocolError("the server sent an empty chunk that is not the last of its reply")
-        return int(wire.CHUNK.size) + int(length)
+        return wire.CHUNK.size + length, command if last else None
 
-    def _find(self, cookie: int) -> _Pending:
-        pending = self._pending.get(cookie)
-        if pending is None:
+    def _find(self, cookie: int) -> Kept:
+        command = self.pending.get(cookie)
+        if command is None:
             raise ProtocolError("the server replied to a request that was not made")
-        return pending
+        return command
 
-    def _check_complete(self, pending: _Pending) -> None:
-        if pending.reply.error:
+    def _check_complete(self, command: Command) -> None:
+        if command.error:
             return
-        if pending.missing:
+        if command.kind == wire.NBD_CMD_READ and command.missing:
             raise ProtocolError("the server called a read done without all of its data")
-        if pending.type == wire.NBD_CMD_BLOCK_STATUS and not pending.reply.extents:
+        if command.kind == wire.NBD_CMD_BLOCK_STATUS and not command.extents:
             raise ProtocolError("the server called a block status done without one")
 
-    def _place(self, pending: _Pending, offset: int, length: int) -> int:
+    def _place(self, command: Command, offset: int, length: int) -> int:
         """Account for ``length`` bytes that a READ has got at ``offset``; returns where they go in its data."""
-        position = offset - pending.offset
-        if not 0 < length <= pending.missing or position < 0 or position + length > pending.length:
+        position = offset - command.offset
+        if not 0 < length <= command.missing or position < 0 or position + length > command.length:
             raise ProtocolError("the server sent data outside of what was asked for")
-        if not pending.reply.data:
-            pending.reply.data = bytearray(pending.length)
-        pending.missing -= length
+        if not command.data:
+            command.data = bytearray(command.length)
+        command.missing -= length
         return position
 
-    def _none(self, pending: _Pending, payload: bytes) -> None:
+    def _none(self, command: Command, payload: bytes) -> None:
         if payload:
             raise ProtocolError("the server sent a payload in an empty chunk")
 
-    def _data(self, pending: _Pending, payload: bytes) -> None:
+    def _data(self, command: Command, payload: bytes) -> None:
         (offset,) = Fields(payload).unpack(wire.OFFSET)
         data = memoryview(payload)[wire.OFFSET.size :]
-        position = self._place(pending, offset, len(data))
-        pending.reply.data[position : position + len(data)] = data
+        position = self._place(command, offset, len(data))
+        command.data[position : position + len(data)] = data
 
-    def _hole(self, pending: _Pending, payload: bytes) -> None:
+    def _hole(self, command: Command, payload: bytes) -> None:
         offset, length = Fields(payload).unpack(wire.OFFSET_HOLE)
-        self._place(pending, offset, length)  # where there are zeroes already
+        self._place(command, offset, length)  # where there are zeroes already
 
-    def _status(self, pending: _Pending, payload: bytes) -> None:
+    def _status(self, command: Command, payload: bytes) -> None:
         (context,) = Fields(payload).unpack(wire.LENGTH)
         descriptors = payload[wire.LENGTH.size :]
-        if context != self._info.allocation or pending.reply.extents or not descriptors or len(descriptors) % wire.DESCRIPTOR.size:
+        if context != self._info.allocation or command.extents or not descriptors or len(descriptors) % wire.DESCRIPTOR.size:
             raise ProtocolError("the server sent a block status that was not asked for")
-        left = pending.length
+        left = command.length
         for length, flags in wire.DESCRIPTOR.iter_unpack(descriptors):
             if not length:
                 raise ProtocolError("the server sent an extent of no bytes")
             # the last extent may reach beyond what was asked for
             extent = Extent(min(length, left), bool(flags & wire.NBD_STATE_HOLE), bool(flags & wire.NBD_STATE_ZERO))
-            merge(pending.reply.extents, extent)
+            merge(command.extents, extent)
             left -= extent.length
 
 
-def _error_chunk(_: Transmission, pending: _Pending, payload: bytes) -> None:
+def _error_chunk(_: object, command: Command, payload: bytes) -> None:
     fields = Fields(payload)
     error, length = fields.unpack(wire.ERROR)
     message = fields.take(length)
     if not error:
         raise ProtocolError("the server sent an error chunk without an error")
-    pending.reply.error = _known(error)
-    pending.reply.message = printable(message.decode("utf-8", "replace"))
+    command.error = _known(error)
+    command.message = printable(message.decode("utf-8", "replace"))
 
 
-_CHUNKS: Final[dict[tuple[int | None, int], Callable[[Transmission, _Pending, bytes], None]]] = {
+_CHUNKS: Final[dict[tuple[int | None, int], Callable[[Any, Any, bytes], None]]] = {
     (None, wire.NBD_REPLY_TYPE_NONE): Transmission._none,
     (wire.NBD_CMD_READ, wire.NBD_REPLY_TYPE_OFFSET_DATA): Transmission._data,
     (wire.NBD_CMD_READ, wire.NBD_REPLY_TYPE_OFFSET_HOLE): Transmission._hole,
     (wire.NBD_CMD_BLOCK_STATUS, wire.NBD_REPLY_TYPE_BLOCK_STATUS): Transmission._status,
 }
-"""Request type (None: any) and chunk type to what is done with the payload. Error chunks may answer every request."""
+"""Command type (None: any) and chunk type to what is done with the payload. Error chunks may answer every command."""
 
 
-def _longest_payload(pending: _Pending, kind: int) -> int:
+def _longest_payload(command: Command, kind: int) -> int:
     if kind == wire.NBD_REPLY_TYPE_OFFSET_DATA:
-        return wire.OFFSET.size + pending.missing
+        return wire.OFFSET.size + command.missing
     if kind == wire.NBD_REPLY_TYPE_BLOCK_STATUS:
         return wire.LENGTH.size + wire.DESCRIPTOR.size * _MAX_DESCRIPTORS
     return _MAX_ERROR_CHUNK
