@@ -197,7 +197,6 @@ async def test_what_is_written_over_in_one_is_there_after_a_kill_also_where_only
     """Clusters that lie one behind the other are written at once; of the later one the journal knows what it was before."""
     made_overlay(tmp_path)
     image = await opened(tmp_path)
-    assert image.changes is not None
     await image.write(0, b"1" * CLUSTER)
     await image.changes.commit()
     await image.write(CLUSTER, b"2" * CLUSTER)
@@ -386,7 +385,6 @@ async def test_room_that_was_given_up_is_used_before_a_write_fails(tmp_path: Pat
     """A cluster is given back by a commit, so a write that finds no room has one made first."""
     made_overlay(tmp_path)
     image = await opened(tmp_path)
-    assert image._refcounts is not None
     await image.write(0, b"a" * (SIZE // 2))
     image._refcounts._limit = image._refcounts.end  # as on a device that ends here
     with pytest.raises(OSError, match="full"):

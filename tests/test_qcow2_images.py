@@ -1,5 +1,6 @@
 """Every kind of image that qemu-img makes: QEMU and replfs write to it by turns, and both read what a bytearray holds."""
 
+import errno
 import itertools
 import logging
 import random
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from disks import get, put, same
+from disks import get, put, qemu_img, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import KINDS, NAME, filling, info, make, open_options, qemu, qemu_io
@@ -239,6 +240,23 @@ async def test_files_elsewhere_are_opened_only_if_that_is_allowed(templates: Mak
     [folder] = open_options(name, image)["allow_backing"]
     for allow in (folder, *folder.iterdir()):  # the folder, or just the file
         await open_disk(image, "qcow2", allow_backing=[allow]).close()
+
+
+async def test_nobody_writes_to_a_backing_image(tmp_path: Path) -> None:
+    below, image = tmp_path / "below.qcow2", tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", below, "1M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", image)
+    before = below.read_bytes()
+    node = open_disk(image, "qcow2")
+    assert isinstance(node, Image)
+    assert node.backing is not None
+    for change in (node.backing.write(0, b"x"), node.backing.write_zeroes(0, 512), node.backing.discard(0, 512)):
+        with pytest.raises(OSError, match=r"below.qcow2 is only read") as refused:
+            await change
+        assert refused.value.errno == errno.EROFS
+    await node.write(0, b"x")
+    await node.close()
+    assert below.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name.startswith(("zeroes", "backed", "zlib", "converted", "metadata"))])

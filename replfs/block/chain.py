@@ -17,6 +17,7 @@ from replfs.block.file import File
 from replfs.block.image_locks import lock
 from replfs.block.qcow2.header import LARGEST_CLUSTER, Header
 from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.reading import ReadOnlyImage
 from replfs.block.raw import Raw
 from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
@@ -38,18 +39,18 @@ class Chain:
     def open(self) -> Image:
         """The disk's image over its backing files. Raises ReplfsError or OSError; then all is closed but the disk's own file."""
         try:
-            return self._image(self._files[0], writable=True)
+            return self._image(self._files[0])
         except BaseException:
             for file in self._files[1:]:
                 file.close()
             raise
 
-    def _image(self, top: File, writable: bool) -> Image:
+    def _image(self, top: File) -> Image:
         links: list[tuple[File, Header, File | None]] = []
         file, backing = top, None
         while True:
             header = Header.parse(file.read_now(0, LARGEST_CLUSTER), file.length(), file.path)
-            data = self._named(file, header.data_file, "external data file", writable and not links) if header.data_file else None
+            data = self._named(file, header.data_file, "external data file", not links) if header.data_file else None
             links.append((file, header, data))
             if not header.backing_file:
                 break
@@ -71,11 +72,11 @@ class Chain:
             if header.backing_format == "raw":
                 backing = Raw(file)
                 break
-        node: Image | Raw | None = backing
-        for i, (file, header, data) in reversed(list(enumerate(links))):
-            node = Image(file, header, node, self._cache, data=data, writable=writable and i == 0, owns_backing=True)
-        assert isinstance(node, Image)
-        return node
+        node: ReadOnlyImage | Raw | None = backing
+        for file, header, data in reversed(links[1:]):
+            node = ReadOnlyImage(file, header, node, self._cache, data=data, owns_backing=True)
+        file, header, data = links[0]
+        return Image(file, header, node, self._cache, data=data, owns_backing=True)
 
     def _named(self, image: File, name: str, what: str, writable: bool) -> File:
         """Open the file that an image names as its ``what``. Raises ReplfsError."""

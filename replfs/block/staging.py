@@ -77,7 +77,6 @@ class Staging:
 
         They are free, and there is room.
         """
-        assert hidden.changes is not None
         assert hidden.changes.journal is not None
         if hidden is not self._hidden:
             self._hidden = hidden
@@ -138,7 +137,6 @@ class Staging:
         hidden, batch = self._hidden, list(self._waiting)
         assert hidden is not None
         changes = hidden.changes
-        assert changes is not None
         try:
             if batch:
                 await changes.harden()

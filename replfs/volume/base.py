@@ -189,13 +189,11 @@ class Volume(ABC):
         """Put what images have changed into their tables now and then, and when their journals fill: a background task."""
         while True:
             for image in self.images():
-                assert image.changes is not None
                 image.changes.wanted = self._commit_wanted.set
             with trio.move_on_after(_COMMIT_SECONDS):
                 await self._commit_wanted.wait()
             self._commit_wanted = trio.Event()
             for image in self.images():
-                assert image.changes is not None
                 if image.changes.due:
                     with suppress(OSError):  # which has been counted, and is told to who asks for stable storage
                         await image.changes.commit()

@@ -11,6 +11,7 @@ from replfs.block.cache import Cache
 from replfs.block.chain import Chain
 from replfs.block.qcow2.header import MAGIC
 from replfs.block.qcow2.image import Image
+from replfs.block.qcow2.reading import ReadOnlyImage
 from replfs.block.raw import Raw
 from replfs.block.storage import Storage
 from replfs.errors import ReplfsError, printable
@@ -64,10 +65,10 @@ def open_disk(
         raise
 
 
-def describe(node: Raw | Image) -> dict[str, Any]:
+def describe(node: Raw | ReadOnlyImage) -> dict[str, Any]:
     """One file of a volume, for the status; ``allocated`` in bytes."""
     found: dict[str, Any] = {"path": node.file.path, "format": node.format, "allocated": node.file.allocated_bytes()}
-    if isinstance(node, Image):
+    if isinstance(node, ReadOnlyImage):
         if node.data is not node.file:
             found["data-file"] = {"path": node.data.path, "allocated": node.data.allocated_bytes()}
         if node.damage:
@@ -75,14 +76,14 @@ def describe(node: Raw | Image) -> dict[str, Any]:
     return found
 
 
-def describe_chain(disk: Raw | Image) -> dict[str, Any]:
+def describe_chain(disk: Raw | ReadOnlyImage) -> dict[str, Any]:
     """The backing files of a disk for the status, from the nearest on; of a long chain how many more there are.
 
     The status is an extended attribute, which can have 64 KiB.
     """
     found: list[dict[str, Any]] = []
     more = 0
-    while isinstance(disk, Image) and disk.backing is not None:
+    while isinstance(disk, ReadOnlyImage) and disk.backing is not None:
         disk = disk.backing
         if len(found) < _SHOWN:
             found.append(describe(disk))
