@@ -1061,16 +1061,21 @@ class Driver:
         for flush in flushes:
             self.mark("flush_end", flush)
 
-    async def killed(self, events: int, use: Callable[[], Awaitable[None]]) -> None:
-        """Mount and use it, as a process that is killed as soon as it has made so many more events (:mod:`faults`)."""
+    async def killed(self, events: int, use: Callable[[], Awaitable[None]]) -> bool:
+        """Mount and use it, as a process that is killed as soon as it has made so many more events (:mod:`faults`).
+
+        Whether it was: it may have come to its end before.
+        """
+        killed = False
         self.storage.killed_at = len(self.log.events) + events
         try:
             async with self.mounted():
                 await use()
         except* Killed:
-            pass
+            killed = True
         finally:
             self.storage.killed_at = None
+        return killed
 
     async def _started(self) -> None:
         if self.setup.mode is Mode.PRIMARY:

@@ -52,6 +52,7 @@ class Shuffling(Node):
         self.gate: trio.Event | None = None
         self._choose = random.Random(seed) if seed is not None else None
         self.overlapped = ""
+        self.zeroed: list[tuple[int, int, bool]] = []  # offset, length, and whether the room may be given back
 
     async def _change(self, offset: int, data: bytes) -> None:
         stop = offset + len(data)
@@ -81,6 +82,7 @@ class Shuffling(Node):
         await self._change(offset, bytes(data))
 
     async def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> None:
+        self.zeroed.append((offset, length, may_unmap))
         await self._change(offset, bytes(length))
 
     async def discard(self, offset: int, length: int) -> None:
@@ -496,3 +498,31 @@ async def test_what_an_old_link_has_left_at_the_secondary_is_not_carried_out_aft
             while volume.server.connections:
                 await trio.lowlevel.checkpoint()
         assert bytes(await volume.disk.read(0, 4 * PAGE)) == b"new!" * 4096
+
+
+async def test_zeroes_that_are_to_keep_their_room_are_sent_as_such() -> None:
+    node = Shuffling()
+    async with running(node) as run:
+        for number, may_unmap in enumerate((True, False)):
+            run.tracking.begin(number, number)
+            await run.forwarder.put(number * BLOCK, BLOCK, None, may_unmap).wait()
+    assert node.zeroed == [(0, BLOCK, True), (BLOCK, BLOCK, False)]
+
+
+async def test_the_end_of_a_link_that_was_replaced_is_not_a_failure() -> None:
+    """What it had under way is lost, and was told to be: the link that there is now has nothing to do with it."""
+    node = Shuffling()
+    node.gate = trio.Event()
+    async with running(node) as run:
+        await run.change(0, b"x" * PAGE, PAGE)
+        old = run.links
+        run.detach()
+        await run.connect(2, run.nursery)  # type: ignore[attr-defined]
+        for link in old:
+            await link.close()
+        assert run.failures == []
+        node.gate.set()
+        run.send_stale()
+        await run.forwarder.drained()
+        run.check_reports()
+        assert node.content == run.model

@@ -894,6 +894,21 @@ async def test_a_server_that_hangs_is_given_up_after_the_time_limit(address: Uni
     assert len(taken(caplog)) == 1
 
 
+async def test_a_server_that_answers_others_is_not_silent(address: UnixAddress) -> None:
+    """A write may take longer than the time limit, as long as something arrives meanwhile."""
+    memory = Memory()
+    memory.gates["write"] = trio.Event()
+    async with serving(memory, address), target(address, "disk", timeout=1) as node:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.write, 0, b"x")
+            end = trio.current_time() + 2.5
+            while trio.current_time() < end:
+                await node.read(BLOCK, 1)
+            assert node.connected
+            memory.gates["write"].set()
+        assert node.link_error == ""
+
+
 async def test_a_closed_target_is_gone_without_a_complaint(address: UnixAddress) -> None:
     async with serving(Memory(), address) as server:
         async with trio.open_nursery() as nursery:
@@ -1040,6 +1055,18 @@ async def may_fail(node: NbdTarget, reply: bytes) -> None:
     else:
         with pytest.raises(OSError):
             await node.write(0, b"x")
+
+
+async def test_an_error_counts_when_the_reply_is_whole(address: UnixAddress, caplog: pytest.LogCaptureFixture) -> None:
+    """The server speaks of an error, has more to say, and then says nonsense: what became of the write nobody knows."""
+    structured = wire.OPTION_REPLY.pack(wire.NBD_OPTION_REPLY_MAGIC, wire.NBD_OPT_STRUCTURED_REPLY, wire.NBD_REP_ACK, 0)
+    contexts = wire.OPTION_REPLY.pack(wire.NBD_OPTION_REPLY_MAGIC, wire.NBD_OPT_SET_META_CONTEXT, wire.NBD_REP_ERR_UNSUP, 0)
+    said = wire.ERROR.pack(wire.NBD_EPERM, 0)
+    chunk = wire.CHUNK.pack(wire.NBD_STRUCTURED_REPLY_MAGIC, 0, wire.NBD_REPLY_TYPE_ERROR, 1, len(said)) + said
+    async with hostile(address, GREETING, structured, contexts, GO, chunk + bytes(16)), target(address) as node:
+        await fails(lambda: node.write(0, b"x"), errno.ECONNRESET)
+        assert "where a reply begins" in node.link_error
+    assert len(taken(caplog)) == 1
 
 
 async def test_target_and_server_together_are_a_disk(address: UnixAddress) -> None:

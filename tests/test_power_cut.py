@@ -216,7 +216,7 @@ async def killed(driver: Driver) -> None:
             await driver.checkpoint()
             await some_staged(driver, chance)
 
-        await driver.killed(chance.randrange(30, 150), use)
+        assert await driver.killed(chance.randrange(30, 150), use)
     async with driver.mounted():
         await driver.check()
         await some(driver, 24, 4, BOTH)
@@ -238,7 +238,7 @@ async def killed_in_a_failover(driver: Driver) -> None:
         if driver.volume.state.stage is Stage.FAILOVER:
             await driver.until_done()
 
-    await driver.killed(chance.randrange(200, 300), use)
+    assert await driver.killed(chance.randrange(200, 300), use)
     for _ in range(2):
         await driver.killed(chance.randrange(5, 50), go_on)
     async with driver.mounted():
@@ -272,7 +272,7 @@ async def primary_killed(driver: Driver) -> None:
             await driver.check()
             await some(driver, f"30 {number}", 12, ("view",))
 
-        await driver.killed(chance.randrange(10, 60), use)
+        assert await driver.killed(chance.randrange(10, 60), use)
     async with driver.mounted():
         await driver.check()
 

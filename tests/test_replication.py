@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from disks import assert_sound, put, qemu_img, same
 from volumes import checkpoint, content, on_disk, primary, secondary, until_connected, until_stage
 
@@ -707,3 +708,32 @@ async def test_a_primary_does_nothing_at_once_where_somebody_else_is_at_work(tmp
         changing[:] = b"2" * 4096  # it is the caller's again
         await near.link.drain()
         assert (await on_disk(far))[:4096] == b"1" * 4096
+
+
+@pytest.mark.parametrize("saved", [False, True])
+async def test_a_read_that_waits_for_the_disk_is_overtaken_by_a_forwarded_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    """It shows what was there, which is in the hidden disk by then. ``saved``: that has a table for it already."""
+    async with secondary(tmp_path, b"o" * IMAGE, durability="process") as volume, trio.open_nursery() as nursery:
+        if saved:
+            await put(volume.exported, 0, b"f" * 4 * KIB)
+        gate, plain = trio.Event(), volume.disk.read_into
+
+        async def read_into(offset: int, buffer: memoryview) -> None:
+            await gate.wait()
+            await plain(offset, buffer)
+
+        monkeypatch.setattr(volume.disk, "read_into", read_into)
+        got: list[bytes] = []
+
+        async def read() -> None:
+            got.append(bytes(await volume.view.read(8 * KIB, 4 * KIB)))
+
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        assert volume.exported.write_at_once(8 * KIB, b"new!" * KIB)
+        gate.set()
+        while not got:
+            await trio.lowlevel.checkpoint()
+        assert got == [b"o" * 4 * KIB]

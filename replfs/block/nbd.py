@@ -59,10 +59,12 @@ class Call(Command):
 
     def failure(self) -> OSError | None:
         """Why it failed, None if it did not."""
+        if self.lost:  # whatever had come of a reply
+            return OSError(self.lost, os.strerror(self.lost))
         if self.error:
             number = wire.ERRNO_OF_ERROR[self.error]
             return OSError(number, self.message or os.strerror(number))
-        return OSError(self.lost, os.strerror(self.lost)) if self.lost else None
+        return None
 
 
 class _Awaited(Call):
@@ -221,7 +223,7 @@ class NbdTarget(Node):
         except OSError:
             return False  # if it is more than that there is no room, the sender finds out
         if sent < len(call.header) + len(call.payload):
-            self._begun = [b"".join((call.header, call.payload))[sent:]]
+            self._begun = [call.header[sent:], memoryview(call.payload)[max(sent - len(call.header), 0) :]]
             self._sender.unpark()
         call.header = call.payload = b""
         return True

@@ -71,8 +71,6 @@ def _prepared(file: File, header: Header, cache: Cache) -> tuple[Header, Integri
 class Image(ReadOnlyImage):
     """One that is written to."""
 
-    writable = True
-
     def __init__(
         self,
         file: File,

@@ -29,7 +29,6 @@ class ReadOnlyImage(Node):
     """A disk of ``size`` bytes. ``file`` is the image's, ``data`` the one that its clusters lie in: the same or an external one."""
 
     format = "qcow2"
-    writable = False
 
     def __init__(
         self,
@@ -197,7 +196,7 @@ class ReadOnlyImage(Node):
 
     async def _read_backing(self, start: int, stop: int, buffer: memoryview) -> None:
         node = self.backing
-        while isinstance(node, ReadOnlyImage) and not node.writable:  # through what cannot change and holds nothing of it
+        while type(node) is ReadOnlyImage:  # through what cannot change and holds nothing of it
             if stop > node._backed or node.missing(start, stop) != [(start, stop)]:
                 break
             node = node.backing
