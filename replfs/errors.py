@@ -1,6 +1,9 @@
-"""The one exception that is meant for people, and how foreign text is shown to them."""
+"""The one exception that is meant for people, how foreign text is shown to them, and what a group of exceptions says."""
 
 import errno
+from typing import TypeVar
+
+E = TypeVar("E", bound=Exception)
 
 
 class ReplfsError(Exception):
@@ -32,3 +35,11 @@ def printable(text: str, limit: int = 400) -> str:
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
     return shown if len(shown) <= limit else shown[:limit] + "..."
+
+
+def first_of(group: BaseExceptionGroup[E]) -> E:
+    """The first exception in a group, or in a group of it."""
+    error: E | BaseExceptionGroup[E] = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -25,7 +25,7 @@ from replfs.block.replication.forwarder import Forwarder
 from replfs.block.replication.lineage import How, Ids, compare, new_id
 from replfs.block.replication.rules import Mode, Stage
 from replfs.block.tracking import Tracking
-from replfs.errors import ReplfsError, Unreachable, printable
+from replfs.errors import ReplfsError, Unreachable, first_of, printable
 from replfs.jobs.resync import Resync
 from replfs.jobs.verify import Verify
 from replfs.protocol import peer
@@ -232,10 +232,10 @@ class Link:
                             await _leave(met)
                         nursery.cancel_scope.cancel()
             except* ReplfsError as group:
-                error = _first_of(group)
+                error = first_of(group)
                 self._tell(Condition.CONNECTING if isinstance(error, Unreachable) else Condition.REFUSED, str(error))
             except* OSError as group:
-                self._tell(Condition.CONNECTING, str(_first_of(group)))
+                self._tell(Condition.CONNECTING, str(first_of(group)))
             except* Exception:
                 logger.exception("the link to %s has failed", self.target)
                 self._tell(Condition.CONNECTING, "unexpected error, see the log")
@@ -553,11 +553,3 @@ async def _leave(met: _Met) -> None:
         met.client.close()
     for link in met.links:
         await link.close()
-
-
-def _first_of(group: BaseExceptionGroup[Any]) -> Exception:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)
-    return error

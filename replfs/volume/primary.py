@@ -16,7 +16,7 @@ import trio
 from replfs.block.mirror import Mirror
 from replfs.block.replication.rules import Argument, Mode, Operation, Resyncing, Stage, Verification, Verifying
 from replfs.block.storage import Storage
-from replfs.errors import ReplfsError, Unreachable, printable
+from replfs.errors import ReplfsError, Unreachable, first_of, printable
 from replfs.volume.base import Volume
 from replfs.volume.config import Config
 from replfs.volume.link import Condition, Link
@@ -46,14 +46,15 @@ class PrimaryVolume(Volume):
 
     async def _probe(self, way_out: str) -> None:
         """Raises ReplfsError if the other side is there, and must not be replicated to."""
+        refusal: ReplfsError | None = None
         try:
             await self.link.probe()
         except* Unreachable as group:
-            logger.warning("%s: going on alone until it is there", group.exceptions[0])
+            logger.warning("%s: going on alone until it is there", first_of(group))
         except* ReplfsError as group:
-            error = group.exceptions[0]
-            assert isinstance(error, ReplfsError)
-            raise ReplfsError(f"{error}{way_out}", error.errno) from None
+            refusal = first_of(group)  # raised behind this: here, some versions of Python put what is raised in a group
+        if refusal is not None:
+            raise ReplfsError(f"{refusal}{way_out}", refusal.errno)
 
     async def begin(self, nursery: trio.Nursery) -> None:
         self.directory.make()
