@@ -39,8 +39,10 @@ stamp=".venv/ready${1:+-$1}"
 [ -e .venv/ready-test ] && stamp=.venv/ready-test # which is more than enough
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     echo "making .venv"
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 is older than 3.11" >&2; exit 1; }
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    # Debian's own, whatever comes first in PATH: its headers are what was installed above, and it is built for speed.
+    python=/usr/bin/python3
+    $python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is older than 3.11" >&2; exit 1; }
+    [ -x .venv/bin/python ] || $python -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extra" </dev/null
     touch "$stamp"
 fi
