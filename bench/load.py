@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.sides import BenchError, QemuSecondary, ReplfsSecondary, Side, wait_until
+from bench.sides import BenchError, Qemu, QemuSecondary, ReplfsSecondary, Side, wait_until
 
 MIB = 1 << 20
 
@@ -20,6 +20,15 @@ def fio(*, uri: str = "", file: Path | None = None, rw: str, bs: str, depth: int
 
     Raises BenchError.
     """
+    job = _job(uri=uri, file=file, rw=rw, bs=bs, depth=depth, **options)
+    if job["error"]:
+        raise BenchError(f"fio, {rw} of {bs} at {uri or file}: error {job['error']}")
+    found = job["read" if "read" in rw else "write"]
+    assert isinstance(found, dict)
+    return found
+
+
+def _job(*, uri: str = "", file: Path | None, rw: str, bs: str, depth: int, **options: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"name": "bench", "rw": rw, "bs": bs, "iodepth": depth, "output-format": "json", "randrepeat": 1}
     settings |= {"ioengine": "nbd", "uri": uri} if uri else {"ioengine": "libaio", "filename": file, "direct": 1}
     settings |= {"allow_file_create": 0, "fallocate": "none"} | options
@@ -30,12 +39,17 @@ def fio(*, uri: str = "", file: Path | None = None, rw: str, bs: str, depth: int
     if done.returncode:
         raise BenchError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    if job["error"]:
-        raise BenchError(f"{' '.join(command)}: error {job['error']}")
-    kind = "read" if "read" in rw else "write"
-    found = job[kind]
-    assert isinstance(found, dict)
-    return found
+    assert isinstance(job, dict)
+    return job
+
+
+def wrong_blocks(side: Side, *, bs: str, depth: int, number: int) -> float:
+    """Write so many random blocks, and read them: how many are not what was written. Raises BenchError if replfs has one."""
+    options: dict[str, Any] = {"size": "512M", "number_ios": number, "verify": "crc32c", "verify_state_save": 0}
+    wrong = int(_job(file=side.file, rw="randwrite", bs=bs, depth=depth, continue_on_error="verify", **options)["total_err"])
+    if wrong and not isinstance(side, Qemu):
+        raise BenchError(f"{wrong} of {number} blocks of {bs} are wrong on {type(side).__name__}")
+    return wrong
 
 
 def mib_per_second(side: Side, **arguments: Any) -> float:

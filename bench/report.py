@@ -40,10 +40,10 @@ class Results:
                 value = median(values[side])
                 found.append(
                     (
-                        f"{workload.name}, by itself",
-                        f"at most {limit:.3g} {workload.unit}",
-                        f"{value:.3g} {workload.unit}",
-                        "" if value <= limit else "below the goal",
+                        f"{workload.name}, {side} by itself",
+                        "" if limit is None else f"at most {limit:.3g} {workload.unit}",
+                        f"{value:.4g} {workload.unit}",
+                        "" if limit is None or value <= limit else "below the goal",
                     )
                 )
         return found

@@ -38,8 +38,8 @@ class Workload:
     unit: str
     measure: Callable[[Any], float]
     goals: tuple[Goal, ...]
-    limits: tuple[tuple[str, float], ...] = ()
-    """(side, what its number may be at most): where what matters is not how it compares."""
+    limits: tuple[tuple[str, float | None], ...] = ()
+    """(side, what its number may be at most, if there is a limit): where what matters is not how it compares."""
 
     @property
     def sides(self) -> list[str]:
@@ -95,6 +95,17 @@ def _nbd(name: str, goals: tuple[Goal, ...], rw: str, bs: str, depth: int, **opt
     )
 
 
+def _wrong(name: str, size: str, bs: str, depth: int, number: int) -> Workload:
+    """Whether both do the same work."""
+    return Workload(
+        f"{name} wrong blocks of {number:,} written, {size} at depth {depth}",
+        "blocks",
+        lambda side: load.wrong_blocks(side, bs=bs, depth=depth, number=number),
+        (),
+        limits=(("replfs", 0), ("qemu", None)),
+    )
+
+
 FIRST: dict[str, Any] = {"offset": "0", "size": "512M", "number_ios": 16384}
 """Random blocks, each once; twice the same ones."""
 SECOND: dict[str, Any] = {"offset": "512M", "size": "512M", "number_ios": 4096}
@@ -137,6 +148,9 @@ VIEW = Scenario(
         _fuse("1 MiB sequential read, depth 4", 3, "read", "1M", 4, size="1G"),
         _fuse("64 KiB random write, depth 8", 1.5, "randwrite", "64k", 8, **SEQUENCE),
         _fuse("64 KiB random read, depth 8", 1.5, "randread", "64k", 8, **WHILE),
+        _wrong("FUSE", "4 KiB", "4k", 1, 4096),
+        _wrong("FUSE", "4 KiB", "4k", 32, 4096),
+        _wrong("FUSE", "1 MiB", "1M", 4, 256),
         Workload("FUSE buffered read of a warm range", "MiB/s", _buffered_again, at_least(0.8, theirs="file")),
     ),
 )
@@ -264,6 +278,7 @@ PRIMARY = Scenario(
         _primary("4 KiB random write, depth 1", "randwrite", "4k", 1, **WHILE),
         _primary("4 KiB random write, depth 32", "randwrite", "4k", 32, **WHILE),
         _primary("1 MiB sequential write, depth 4", "write", "1M", 4, **SEQUENCE),
+        _wrong("primary", "4 KiB", "4k", 32, 4096),
     ),
 )
 
