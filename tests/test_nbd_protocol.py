@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from replfs.block.node import Extent
@@ -17,6 +17,7 @@ from replfs.protocol.nbd.wire import ProtocolError, Request
 SIZE = 1 << 20
 EXPORT = server.Export("disk", SIZE, read_only=False)
 READ_ONLY = server.Export("disk", SIZE, read_only=True)
+HUGE = server.Export("huge", 1 << 40, read_only=False)
 
 
 def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
@@ -376,6 +377,20 @@ def test_a_read_only_export_takes_no_writes() -> None:
         assert refusal.error == wire.NBD_EPERM
     for kind, length in ((wire.NBD_CMD_READ, 512), (wire.NBD_CMD_FLUSH, 0), (wire.NBD_CMD_BLOCK_STATUS, 512)):
         assert transmission.check(Request(0, kind, 1, 0, length, b"")) is None
+
+
+@given(
+    st.sampled_from([EXPORT, READ_ONLY, HUGE]),
+    st.sampled_from([wire.NBD_CMD_READ, wire.NBD_CMD_WRITE]),
+    st.integers(0, SIZE + 2) | st.integers(0, (1 << 64) - 1),
+    st.integers(0, SIZE + 2) | st.integers(wire.MAX_PAYLOAD - 2, wire.MAX_PAYLOAD + 2),
+)
+@example(HUGE, wire.NBD_CMD_WRITE, 0, wire.MAX_PAYLOAD)
+@example(HUGE, wire.NBD_CMD_WRITE, 0, wire.MAX_PAYLOAD + 1)
+def test_the_short_check_says_what_the_long_one_does(export: server.Export, kind: int, offset: int, length: int) -> None:
+    transmission = server.Transmission(export, True, True)
+    refusal = transmission.check(Request(0, kind, 1, offset, length, b""))
+    assert transmission.allows(kind, offset, length) == (refusal is None)
 
 
 # --- the client's negotiation -----------------------------------------------------------------------------------------------------

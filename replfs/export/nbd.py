@@ -48,6 +48,7 @@ MAX_HELD: Final = 64 << 20
 """Bytes that the requests under way of one connection may hold together."""
 
 _RECEIVE_SIZE: Final = 256 << 10
+_WRITE: Final = wire.NBD_CMD_WRITE
 _REQUEST_COST: Final = 16 << 10  # bytes that a request is taken to hold besides its payload; a BLOCK_STATUS reply is the largest
 _MAX_EXTENTS: Final = 1024  # in one BLOCK_STATUS reply
 _LARGE: Final = 64 << 10  # bytes of a payload that are worth a receive of their own
@@ -247,19 +248,17 @@ class _Connection:
     async def _work(self) -> None:
         """A worker: whatever changes something does so while awake, and looks here again before it parks."""
         while not self._closed:
-            if self._queue and len(self._replies) < _BATCH and self._at_once(self._queue[0]):
-                self._queue.popleft()
-                self._turn += 1
-                if self._turn % _TURNS == 0:
-                    await trio.lowlevel.checkpoint()
+            if self._turn >= _TURNS:
+                self._turn = 0
+                await trio.lowlevel.checkpoint()
+            elif self._queue and (count := self._carry_out_at_once()):
+                self._turn += count
             elif self._may_begin():
                 if not self._standby:
                     self._standby = True
                     self._idle.unpark()
                 await self._carry_out(self._queue.popleft())
                 self._turn += 1
-                if self._turn % _TURNS == 0:
-                    await trio.lowlevel.checkpoint()
             elif self._replies and not self._sending:
                 await self._send()
             elif self._ended and not self._queue:
@@ -277,29 +276,35 @@ class _Connection:
             return False
         return not self._held or self._held + _cost(self._queue[0]) <= MAX_HELD
 
-    def _at_once(self, request: Request) -> bool:
-        """Carry a request out if that need not wait, and there is room."""
-        flags, kind, _, offset, length, data = request
-        if kind > wire.NBD_CMD_WRITE or flags & wire.NBD_CMD_FLAG_FUA:
-            return False
-        cost = _cost(request)
-        if (self._held and self._held + cost > MAX_HELD) or self._transmission.check(request) is not None:
-            return False
-        try:
-            if kind == wire.NBD_CMD_WRITE:
-                if not self._node.write_at_once(offset, data):
-                    return False
-                self._replies.append(self._transmission.success(request))
-            else:
-                content = bytearray(length)
-                if not self._node.read_at_once(offset, memoryview(content)):
-                    return False
-                self._replies += (self._transmission.read_header(request), content)
-        except Exception as error:
-            self._fail(request, error)
-        self._held += cost
-        self._replied += cost
-        return True
+    def _carry_out_at_once(self) -> int:
+        """Carry out what need not wait, and has room, from the front of the queue on: how many requests."""
+        queue, replies, transmission, node = self._queue, self._replies, self._transmission, self._node
+        allows, success = transmission.allows, transmission.success
+        write, read = node.write_at_once, node.read_at_once
+        count = 0
+        while queue and len(replies) < _BATCH and count < _TURNS:
+            request = queue[0]
+            flags, kind, _, offset, length, data = request
+            cost = _REQUEST_COST + length  # as _cost has it
+            if flags or kind > _WRITE or not allows(kind, offset, length) or (self._held and self._held + cost > MAX_HELD):
+                break
+            try:
+                if kind == _WRITE:
+                    if not write(offset, data):
+                        break
+                    replies.append(success(request))
+                else:
+                    content = bytearray(length)
+                    if not read(offset, memoryview(content)):
+                        break
+                    replies += (transmission.read_header(request), content)
+            except Exception as error:
+                self._fail(request, error)
+            queue.popleft()
+            self._held += cost
+            self._replied += cost
+            count += 1
+        return count
 
     def _fail(self, request: Request, error: Exception) -> None:
         if isinstance(error, OSError):
