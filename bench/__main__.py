@@ -10,8 +10,11 @@ from pathlib import Path
 import click
 
 from bench.report import Results, environment, table
-from bench.sides import BenchError, Side
+from bench.sides import BenchError, Qemu, Side
 from bench.workloads import SCENARIOS, Scenario, Workload, make_disk, remove
+
+_LIVES = 10
+"""How often QEMU may end by itself at one measurement."""
 
 
 def _run(scenario: Scenario, rounds: int, folder: Path, disk: Path, only: str, results: Results) -> None:
@@ -34,9 +37,23 @@ def _run(scenario: Scenario, rounds: int, folder: Path, disk: Path, only: str, r
 def _measure(workload: Workload, number: int, found: dict[str, Side], results: Results) -> None:
     names = workload.sides if number % 2 == 0 else workload.sides[::-1]
     for name in names:
-        value = workload.measure(found[name])
+        value = _value(workload, found[name], results)
         results.add(workload, name, value)
         click.echo(f"  {workload.name}: {name} {value:.4g} {workload.unit}", err=True)
+
+
+def _value(workload: Workload, side: Side, results: Results) -> float:
+    """A QEMU that ends by itself is started anew. Raises BenchError."""
+    for _ in range(_LIVES):
+        try:
+            return workload.measure(side)
+        except BenchError as error:
+            if not isinstance(side, Qemu) or not side.has_died():
+                raise
+            click.echo(f"  {workload.name}: {error}", err=True)
+            results.deaths[workload.name] += 1
+            side.revive()
+    raise BenchError(f"{workload.name}: QEMU ended by itself {_LIVES} times")
 
 
 @click.command()

@@ -4,9 +4,9 @@ import json
 import mmap
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,12 @@ def seconds_of(action: Callable[[], None]) -> float:
 
 def longest_stall(side: ReplfsSecondary | QemuSecondary, seconds: float) -> float:
     """Seconds that the slowest of many NBD writes took, while a checkpoint was taken."""
-    found: list[dict[str, Any]] = []
     options: dict[str, Any] = {"rw": "randwrite", "bs": "4k", "size": "256M", "time_based": 1, "runtime": seconds, "norandommap": 1}
-    writer = threading.Thread(target=lambda: found.append(fio(uri=side.uri, **options)))
-    writer.start()
-    time.sleep(seconds / 2 + 0.3)  # fio needs some time to start, and the checkpoint is to come amid the writes
-    side.checkpoint()
-    writer.join()
-    return float(found[0]["lat_ns"]["max"]) / 1e9
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(fio, uri=side.uri, **options)
+        time.sleep(seconds / 2 + 0.3)  # fio needs some time to start, and the checkpoint is to come amid the writes
+        side.checkpoint()
+        return float(writing.result()["lat_ns"]["max"]) / 1e9
 
 
 def failover(side: ReplfsSecondary | QemuSecondary, megabytes: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +16,8 @@ from replfs import __version__
 class Results:
     def __init__(self) -> None:
         self._found: dict[str, tuple[Workload, dict[str, list[float]]]] = {}
+        self.deaths: Counter[str] = Counter()
+        """How often QEMU has ended by itself, by what was measured."""
 
     def add(self, workload: Workload, side: str, value: float) -> None:
         self._found.setdefault(workload.name, (workload, {}))[1].setdefault(side, []).append(value)
@@ -24,9 +27,11 @@ class Results:
         found = []
         for workload, values in self._found.values():
             for goal in workload.goals:
-                ours, theirs = values[goal.ours], values[goal.theirs]
+                ours, theirs = values.get(goal.ours), values.get(goal.theirs)
+                if not ours or not theirs:  # something does not work, so that is all there is
+                    continue
                 ratio = median(ours) / median(theirs)
-                each = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+                each = sorted(a / b for a, b in zip(ours, theirs, strict=False))
                 against = "" if (goal.ours, goal.theirs) == ("replfs", "qemu") else f" ({goal.ours} : {goal.theirs})"
                 found.append(
                     (
@@ -37,6 +42,8 @@ class Results:
                     )
                 )
             for side, limit in workload.limits:
+                if side not in values:
+                    continue
                 value = median(values[side])
                 found.append(
                     (
@@ -79,6 +86,9 @@ def table(results: Results, about: dict[str, Any]) -> str:
     """Markdown, with what it is about below."""
     lines = ["| what | aimed at | replfs : QEMU | |", "| --- | --- | --- | --- |"]
     lines += ["| " + " | ".join(row) + " |" for row in results.rows()]
+    if results.deaths:
+        deaths = "; ".join(f"{name} ({count})" for name, count in results.deaths.items())
+        lines += ["", f"QEMU ended by itself, and was started anew, while this was measured: {deaths}."]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += ["", f"{about['date']}; {about['machine']}; {versions}; medians of {about['rounds']} rounds in {about['seconds']} s."]
     return "\n".join(lines)

@@ -178,14 +178,18 @@ class Qemu(Side):
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Raises BenchError."""
-        self._lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._lines.flush()
-        while True:
-            answer = json.loads(self._lines.readline())
-            if "error" in answer:
-                raise BenchError(f"{self.program}: {command}: {answer['error']['desc']}")
-            if "return" in answer:
-                return answer["return"]
+        try:
+            self._lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+            self._lines.flush()
+            while line := self._lines.readline():
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise BenchError(f"{self.program}: {command}: {answer['error']['desc']}")
+                if "return" in answer:
+                    return answer["return"]
+        except OSError:
+            pass
+        raise BenchError(f"{self.program} ended by itself at {command}")
 
     def hmp(self, line: str) -> None:
         said = self.qmp("human-monitor-command", **{"command-line": line})
@@ -193,12 +197,27 @@ class Qemu(Side):
             raise BenchError(f"{self.program}: {line}: {said.strip()}")
 
     def stop(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(BenchError):
             self.qmp("quit")
+        if status := self._let_go():
+            raise BenchError(f"{self.program} ended with status {status}")
+
+    def _let_go(self) -> int:
         self._stream.close()
-        self._lines.close()
-        if self._process.wait(timeout=_PATIENCE):
-            raise BenchError(f"{self.program} ended with status {self._process.returncode}")
+        with suppress(OSError):
+            self._lines.close()
+        return self._process.wait(timeout=_PATIENCE)
+
+    def has_died(self) -> bool:
+        """Whether it has ended, or is just about to, with nobody asking for it."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=2)
+        return self._process.returncode is not None
+
+    def revive(self) -> None:
+        """Start it anew when it has died."""
+        self._let_go()
+        self.start()
 
     def _make_overlays(self) -> tuple[Path, Path]:
         paths = self.folder / "active.qcow2", self.folder / "hidden.qcow2"
