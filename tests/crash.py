@@ -759,13 +759,19 @@ class Model:
         if saved not in self.worlds:
             raise Violation(f"the saved stage and generation are {saved} instead of {list(self.worlds)}")
         self.now = saved
-        self.worlds = {saved: self.worlds[saved]}
         self._fresh = []
         self._mixed = saved[0] in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
         if saved[0] is Stage.FAILOVER:  # which goes on, and ends
             self.worlds[Stage.DONE, saved[1]] = self.worlds[saved]
         elif saved[0] is Stage.DONE:
             self.done()
+
+    def begun(self) -> None:
+        """The process that has found it can be used: an older state does not come back any more."""
+        self.version += 1
+        stage, generation = self.now
+        kept = [self.now, (Stage.DONE, generation)] if stage is Stage.FAILOVER else [self.now]
+        self.worlds = {world: self.worlds[world] for world in kept}
 
     def undecided(self) -> None:
         """What was begun has failed: it may have been done, or not."""
@@ -1049,6 +1055,8 @@ class Driver:
                 begun = True
                 if starts:
                     await self._started()
+                else:
+                    self.mark("begun")
                 yield
                 self.mark("closing")
                 flushes = self.number(), self.number()
