@@ -227,6 +227,8 @@ class FaultyStorage(Storage):
         """How many a fault has hit."""
         self.killed_at: int | None = None
         """The process is killed when so many events have been recorded: what it has written is there, and no more."""
+        self.killed_by_replacing = ""
+        """The process is killed when it has put a file in the place of one of this name: right after that."""
         self.room: int | None = None
         """Bytes that can still be allocated; None: there is no end to them."""
         self.turns = 0
@@ -363,6 +365,9 @@ class FaultyStorage(Storage):
             folder, name = self._place(source)
             assert self._place(target)[0] == folder
             self.log.add(Replace(folder, name, os.path.basename(target)))
+            if os.path.basename(target) == self.killed_by_replacing:
+                self.killed_by_replacing = ""
+                self.killed_at = 0
 
     def unlink(self, path: str) -> None:
         with self.log.lock:

@@ -222,6 +222,21 @@ async def killed(driver: Driver) -> None:
         await some(driver, 24, 4, BOTH)
 
 
+async def killed_as_it_saves(driver: Driver) -> None:
+    """The new state is there, and nobody was told of it; it is not durable before the next process can be used."""
+    for number in range(3):
+
+        async def use(number: int = number) -> None:
+            await driver.check()
+            await some(driver, f"29 {number}", 4, BOTH)
+            driver.storage.killed_by_replacing = "state.json"
+            await driver.checkpoint()
+
+        assert await driver.killed(10_000, use)
+    async with driver.mounted():
+        await driver.check()
+
+
 async def killed_in_a_failover(driver: Driver) -> None:
     chance = random.Random(25)
 
@@ -307,6 +322,7 @@ SECONDARY: list[Scenario] = [
     failover_under_load,
     resume,
     killed,
+    killed_as_it_saves,
     killed_in_a_failover,
     stop,
     start,
