@@ -37,16 +37,16 @@ DISK_MIB=128
 RING=2048 # blocks of 4 KiB that the writer goes round in
 POLLS=600 # of 0.1 seconds: how long anything is waited for
 
-writer=""
+ended="" # the writer, when it is known to have ended
 
 show_logs() {
     [ -n "$reason" ] || [ ! -e "$work/log" ] || tail -n 20 "$work/log"
 }
 
 end_own() {
-    if [ -n "$writer" ]; then
+    if [ "${!-}" != "$ended" ]; then # $! is there as soon as the writer is
         : >"$work/stop-writing"
-        wait "$writer"
+        wait "$!"
     fi
 }
 
@@ -222,7 +222,7 @@ at_end=$(written)
 await_written $((at_end + 50))
 : >stop-writing
 wait "$writer" || fail "a write failed"
-writer=""
+ended=$writer
 $AT_MOST sync "$far" # or qemu-img, which reads the disk's image, may not see the last second of it
 status stage secondary
 detail "$(written) blocks written: $at_start before the failover, $((at_end - at_start)) during it, the rest after it"

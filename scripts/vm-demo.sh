@@ -48,14 +48,15 @@ guest="$PWD/.venv/vm"
 DISK_MIB=128
 POLLS=600 # of 0.1 seconds: how long anything is waited for
 
-machine=""
+ended="" # the machine that was started last, when it is known to have ended
 
 show_logs() {
     [ -z "$work" ] || tail -n 20 "$work"/log "$work"/console* 2>/dev/null || :
 }
 
 end_own() {
-    [ -z "$machine" ] || (end "$machine") # in a subshell: failing must not end this
+    # By $!, which is there as soon as the machine is. In a subshell: failing must not end this.
+    [ "${!-}" = "$ended" ] || (end "$!")
 }
 
 . scripts/steps.sh
@@ -82,7 +83,7 @@ gone() { # PROCESS...: all of each has ended
 end() { # PROCESS...: kill them, all at once
     kill -KILL "$@"
     until_so "the end of $*" gone "$@"
-    machine=""
+    ended=$!
 }
 
 boot() { # FILE WHAT-TO-DO: a machine with that disk; what it says goes to the file console-WHAT-TO-DO
@@ -153,7 +154,7 @@ say "6. Another virtual machine boots with the secondary's file as its disk, mou
 boot secondary/disk.img check
 until_so "the second machine" has_said check CLEAN
 until_so "the end of the second machine" gone "$machine"
-machine=""
+ended=$!
 last=$(said check LATER)
 [ "$(said check CLEAN)" = "$written" ] || fail "its files are $(said check CLEAN), not $written"
 [ "$last" -ge "$before" ] || fail "file $before, which was there before the checkpoint, is lost: the last one is $last"

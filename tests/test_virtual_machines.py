@@ -205,3 +205,14 @@ def test_the_demo_interrupted(step: str, tmp_path: Path) -> None:
                 demo.send_signal(signal.SIGTERM)
         assert demo.wait(DEMO_SECONDS) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_interrupted_just_as_a_machine_begins(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    checkout = tmp_path_factory.mktemp("checkout")
+    (checkout / ".venv").symlink_to(SCRIPTS.parent / ".venv")
+    script = shutil.copytree(SCRIPTS, checkout / "scripts") / "vm-demo.sh"
+    before, noted, after = script.read_text().partition("    machine=$!\n")
+    script.write_text(f"{before}    kill -TERM $$\n{noted}{after}")
+    with running([str(script), "--no-setup"], checkout, tmp_path) as demo:
+        assert demo.wait(MAKE_GUEST_SECONDS + DEMO_SECONDS) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
