@@ -29,6 +29,7 @@ def fio(*, uri: str = "", file: Path | None = None, rw: str, bs: str, depth: int
 
 
 def _job(*, uri: str = "", file: Path | None, rw: str, bs: str, depth: int, **options: Any) -> dict[str, Any]:
+    """All that fio says of what it did. Raises BenchError."""
     settings: dict[str, Any] = {"name": "bench", "rw": rw, "bs": bs, "iodepth": depth, "output-format": "json", "randrepeat": 1}
     settings |= {"ioengine": "nbd", "uri": uri} if uri else {"ioengine": "libaio", "filename": file, "direct": 1}
     settings |= {"allow_file_create": 0, "fallocate": "none"} | options

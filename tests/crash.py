@@ -758,18 +758,20 @@ class Model:
         """So it is, by what a process that begins has read, without a cut."""
         if saved not in self.worlds:
             raise Violation(f"the saved stage and generation are {saved} instead of {list(self.worlds)}")
-        self.now = saved
+        stage, generation = self.now = saved
         self._fresh = []
-        self._mixed = saved[0] in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
-        if saved[0] is Stage.FAILOVER:  # which goes on, and ends
-            self.worlds[Stage.DONE, saved[1]] = self.worlds[saved]
-        elif saved[0] is Stage.DONE:
-            self.done()
+        self._mixed = stage in (Stage.FAILOVER, Stage.FAILOVER_FAILED)
+        if stage is Stage.FAILOVER:  # which goes on, and ends
+            self.worlds[Stage.DONE, generation] = self.worlds[saved]
+        elif stage is Stage.DONE:  # where it has ended just now, it may come back
+            self._mixed = (Stage.FAILOVER, generation) in self.worlds
 
     def begun(self) -> None:
         """The process that has found it can be used: an older state does not come back any more."""
-        self.version += 1
         stage, generation = self.now
+        if stage is Stage.DONE:
+            return self.done()
+        self.version += 1
         kept = [self.now, (Stage.DONE, generation)] if stage is Stage.FAILOVER else [self.now]
         self.worlds = {world: self.worlds[world] for world in kept}
 

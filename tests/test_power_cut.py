@@ -260,6 +260,21 @@ async def killed_in_a_failover(driver: Driver) -> None:
         await go_on()
 
 
+async def killed_as_a_failover_ends(driver: Driver) -> None:
+    """As :func:`killed_as_it_saves`, where the new state is that the disk holds the whole view."""
+
+    async def use() -> None:
+        await some(driver, 31, 8, BOTH)
+        await driver.control(Operation.FAILOVER)
+        driver.storage.killed_by_replacing = "state.json"
+        await driver.until_done()
+
+    assert await driver.killed(10_000, use)
+    async with driver.mounted():
+        await driver.check()
+        await some(driver, 32, 4, ("view",))
+
+
 async def stop(driver: Driver) -> None:
     async with driver.mounted():
         await some(driver, 14, 12, BOTH)
@@ -324,6 +339,7 @@ SECONDARY: list[Scenario] = [
     killed,
     killed_as_it_saves,
     killed_in_a_failover,
+    killed_as_a_failover_ends,
     stop,
     start,
 ]

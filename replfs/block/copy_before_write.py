@@ -24,7 +24,6 @@ from replfs.block.staging import Staging
 logger = logging.getLogger(__name__)
 
 _FILE_BLOCK = 4096  # bytes that a file system takes room for at least
-_WITHIN = SUBCLUSTER - 1
 _PIECE = 2 << 20  # the largest cluster of a qcow2 disk, so that whole ones can give their room back
 
 
@@ -114,9 +113,7 @@ class CopyBeforeWrite(Node):
     def write_at_once(self, offset: int, data: Data) -> bool:
         if not data or self._gate.shutting or self.fenced or self.unsettled is not None:
             return False
-        start, stop = offset & -SUBCLUSTER, offset + len(data)
-        if stop & _WITHIN:
-            stop = min(stop + -stop % SUBCLUSTER, self.size)
+        start, stop = self._whole(offset, len(data))
         if not self._locks.free(start, stop) or (self.staging is not None and self.staging.takes(start, stop)):
             return False
         try:

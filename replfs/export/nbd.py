@@ -48,7 +48,6 @@ MAX_HELD: Final = 64 << 20
 """Bytes that the requests under way of one connection may hold together."""
 
 _RECEIVE_SIZE: Final = 256 << 10
-_WRITE: Final = wire.NBD_CMD_WRITE
 _REQUEST_COST: Final = 16 << 10  # bytes that a request is taken to hold besides its payload; a BLOCK_STATUS reply is the largest
 _MAX_EXTENTS: Final = 1024  # in one BLOCK_STATUS reply
 _LARGE: Final = 64 << 10  # bytes of a payload that are worth a receive of their own
@@ -285,11 +284,13 @@ class _Connection:
         while queue and len(replies) < _BATCH and count < _TURNS:
             request = queue[0]
             flags, kind, _, offset, length, data = request
-            cost = _REQUEST_COST + length  # as _cost has it
-            if flags or kind > _WRITE or not allows(kind, offset, length) or (self._held and self._held + cost > MAX_HELD):
+            if flags or kind > wire.NBD_CMD_WRITE or not allows(kind, offset, length):
+                break
+            cost = _cost(request)
+            if self._held and self._held + cost > MAX_HELD:
                 break
             try:
-                if kind == _WRITE:
+                if kind == wire.NBD_CMD_WRITE:
                     if not write(offset, data):
                         break
                     replies.append(success(request))

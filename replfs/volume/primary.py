@@ -52,8 +52,8 @@ class PrimaryVolume(Volume):
         except* Unreachable as group:
             logger.warning("%s: going on alone until it is there", first_of(group))
         except* ReplfsError as group:
-            refusal = first_of(group)  # raised behind this: here, some versions of Python put what is raised in a group
-        if refusal is not None:
+            refusal = first_of(group)
+        if refusal is not None:  # not raised above: some versions of Python put what is raised there in a group
             raise ReplfsError(f"{refusal}{way_out}", refusal.errno)
 
     async def begin(self, nursery: trio.Nursery) -> None:

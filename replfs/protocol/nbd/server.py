@@ -263,13 +263,6 @@ class _Rule(NamedTuple):
     writes: bool
 
 
-# What every request needs, without a way through a module.
-_READ: Final = wire.NBD_CMD_READ
-_MAX_PAYLOAD: Final = wire.MAX_PAYLOAD
-_MAGIC: Final = wire.NBD_SIMPLE_REPLY_MAGIC
-_SUCCESS: Final = wire.NBD_SUCCESS
-_pack_reply: Final = wire.SIMPLE_REPLY.pack
-
 _ANY_LENGTH: Final = range(1 << 32)
 _PAYLOAD: Final = range(wire.MAX_PAYLOAD + 1)
 
@@ -300,8 +293,6 @@ class Transmission:
         self.ended = False
         self.reason = ""
         self._export = export
-        self._size = export.size
-        self._writable = not export.read_only
         self._structured = structured
         self._rules = dict(_RULES)
         if structured:
@@ -399,11 +390,12 @@ class Transmission:
 
     def allows(self, kind: int, offset: int, length: int) -> bool:
         """Whether :meth:`check` has nothing against a READ or WRITE without flags; in fewer steps."""
-        return offset + length <= self._size and length <= _MAX_PAYLOAD and (kind == _READ or self._writable)
+        export = self._export
+        return offset + length <= export.size and length <= wire.MAX_PAYLOAD and (kind == wire.NBD_CMD_READ or not export.read_only)
 
     def success(self, request: Request) -> bytes:
         """The reply to a request that has been carried out and gives nothing back."""
-        return _pack_reply(_MAGIC, _SUCCESS, request[2])
+        return wire.SIMPLE_REPLY.pack(wire.NBD_SIMPLE_REPLY_MAGIC, wire.NBD_SUCCESS, request.cookie)
 
     def failure(self, request: Request, error: int, message: str) -> bytes:
         """The reply to a request that was refused or has failed, with an NBD error value. Structured replies carry the words."""
