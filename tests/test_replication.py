@@ -571,7 +571,8 @@ async def test_checkpoints_leave_one_pair_and_a_spare(tmp_path: Path) -> None:
             await checkpoint(far)
             assert same(await content(far), await on_disk(far))
         with trio.fail_after(60):
-            while len(os.listdir(tmp_path / "secondary.raw.replfs")) != 11:
+            # A journal is set aside as well, where the last pair was dropped after the next one had been made.
+            while len({*os.listdir(tmp_path / "secondary.raw.replfs")} - {"hidden.spare.journal"}) != 11:
                 await trio.lowlevel.checkpoint()
     assert {5} <= generations(tmp_path / "secondary.raw.replfs") <= {5, 6}
 
