@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -561,6 +562,24 @@ async def test_a_bug_costs_one_connection_and_is_logged(address: UnixAddress, ca
         assert taken(caplog) == ["the NBD client on the unix socket is disconnected because of an unexpected error"]
         node.size = SIZE
         await (await raw(address)).aclose()
+
+
+async def test_a_client_that_always_wants_something_leaves_others_their_turn(address: UnixAddress) -> None:
+    """What can be done at once is done without an await, but not for ever."""
+    memory = Prompt()
+    writes = b"".join(request(wire.NBD_CMD_WRITE, n, 1, b"w") for n in range(2000))
+    async with serving(memory, address):
+        stream = await raw(address)
+        await stream.send_all(WRITE)
+        await exactly(stream, len(simple()))
+        turns = [len(memory.asked)]
+        await stream.send_all(writes)
+        while turns[-1] < 2001:
+            await trio.lowlevel.checkpoint()
+            turns.append(len(memory.asked))
+        assert max(later - earlier for earlier, later in pairwise(turns)) <= 2 * nbd._TURNS
+        assert await exactly(stream, 2000 * len(simple())) == 2000 * simple()
+        await stream.aclose()
 
 
 async def test_no_more_than_sixteen_clients_are_let_in(address: UnixAddress, caplog: pytest.LogCaptureFixture) -> None:

@@ -252,6 +252,8 @@ class _Connection:
                 await trio.lowlevel.checkpoint()
             elif self._queue and (count := self._carry_out_at_once()):
                 self._turn += count
+            elif len(self._replies) >= _BATCH and not self._sending:
+                await self._send()
             elif self._may_begin():
                 if not self._standby:
                     self._standby = True
